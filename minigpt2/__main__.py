@@ -1,0 +1,110 @@
+"""The command line: `minigpt2 generate | download | info`. Each verb calls one function."""
+
+from __future__ import annotations
+
+import codecs
+import platform
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+
+__all__ = ["main"]
+
+
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    attention: str = "auto",
+    device: str = "cpu",
+) -> None:
+    """Continue a prompt, printing the text as it comes.
+
+    Args:
+        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        prompt: The text to continue.
+        max_new_tokens: The most tokens to add; generation ends earlier at <|endoftext|> and at the context length.
+        temperature: Divides the logits; 0 always takes the likeliest token.
+        top_k: Sample from the k likeliest tokens only.
+        top_p: Sample from the smallest set of tokens that has this probability.
+        seed: Makes the sampling repeatable.
+        attention: Attention backend.
+        device: Where to run, such as cpu or cuda.
+    """
+    import torch
+
+    from minigpt2.generate import stream
+    from minigpt2.model import GPT2
+    from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+
+    tokenizer = get_tokenizer()
+    network = GPT2.from_pretrained(model, attention=attention).to(device)
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    tokens = stream(
+        network,
+        ids,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_token_id=END_OF_TEXT,
+        generator=generator,
+    )
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+    print(prompt, end="", flush=True)
+    for token in tokens:
+        if token.item() != END_OF_TEXT:
+            print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def download(name: Annotated[str, tyro.conf.Positional]) -> None:
+    """Fetch official weights into weights/NAME and check them.
+
+    Args:
+        name: gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+    """
+    from minigpt2.weights import download
+
+    print(f"{name}: verified, in {download(name)}")
+
+
+def info() -> None:
+    """Print versions, device, and which attention backend is used and why."""
+    from importlib.metadata import version
+
+    import torch
+
+    from minigpt2.attention import explain_backend
+
+    print(f"minigpt2 {version('minigpt2')}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(", ".join(f"{name} {version(name)}" for name in ("safetensors", "tiktoken", "numpy", "huggingface_hub")))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"device: {device}; {torch.get_num_threads()} CPU threads, {capability}")
+    print(f"attention: {explain_backend()}")
+
+
+def main() -> int:
+    """Run one verb; the exit status is 2 for a user's mistake."""
+    verbs: dict[str, Callable[..., None]] = {"generate": generate, "download": download, "info": info}
+    try:
+        tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
+    except (ValueError, OSError) as error:
+        print(f"minigpt2: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The definition of attention, in plain tensor operations. Every faster path is measured against this one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_mask(n_query: int, n_key: int, device: torch.device) -> Tensor:
+    """True where query i may see key j: the queries are the last `n_query` of `n_key` positions. (n_query, n_key)."""
+    return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), where `mask` (True = visible) broadcasts to
+    (B, H, T, S). q (B, H, T, D); k, v (B, H, S, D) -> (B, H, T, D).
+    """
+    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return F.dropout(probabilities, dropout_p, training=True) @ v
