@@ -46,7 +46,8 @@ _HARMLESS = {
     "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
     "task_specific_params", "pad_token_id", "sep_token_id", "id2label", "label2id", "num_labels", "problem_type",
     "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "gradient_checkpointing",
-    "chunk_size_feed_forward", "name_or_path", "_name_or_path", "_commit_hash", "finetuning_task", "predict_special_tokens",
+    "chunk_size_feed_forward", "name_or_path", "_name_or_path", "_commit_hash", "finetuning_task",
+    "predict_special_tokens",
 }  # fmt: skip
 
 # Two names of the same tanh approximation of GELU.
@@ -127,7 +128,7 @@ class GPT2Config:
         """The configuration of `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`."""
         if name not in OFFICIAL_SIZES:
             raise ConfigError(f"no official size is called {name!r}; there are {', '.join(OFFICIAL_SIZES)}")
-        return cls(**OFFICIAL_SIZES[name]).replace(**overrides)
+        return cls().replace(**OFFICIAL_SIZES[name]).replace(**overrides)
 
     def replace(self, **overrides: Any) -> GPT2Config:
         """A copy with some fields changed; an unknown field raises ConfigError."""
