@@ -74,7 +74,8 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, mps, or auto: the best there is."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError with every setting that is out of range."""
         problems = []
         at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch", "length", "accumulate", "max_steps"), 1)
         at_least |= dict.fromkeys(("eval_every", "eval_batches"), 1)
@@ -218,6 +219,7 @@ def pick_device(name: str) -> torch.device:
 def main() -> int:
     try:
         config = tyro.cli(TrainConfig)
+        config.check()
         device = pick_device(config.device)
         torch.manual_seed(config.seed)
         model = make_model(config, device)
