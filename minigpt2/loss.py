@@ -52,8 +52,8 @@ def linear_cross_entropy(
     If every token is ignored the sum is 0, the mean nan, and the gradients 0, as with F.cross_entropy.
     There is no second derivative: backward(create_graph=True) raises.
 
-    Raises ValueError or TypeError for arguments that do not fit together, ValueError for an id outside the
-    vocabulary too. On an accelerator ids are not looked at, since that would wait for the device; there, as in a compiled
+    Raises ValueError or TypeError for arguments that do not fit together, and ValueError for an id outside the
+    vocabulary. On an accelerator ids are not looked at, since that would wait for the device; there, as in a compiled
     graph, it is the device's own bounds check that fails.
     """
     if reduction not in ("mean", "sum", "none"):

@@ -96,6 +96,7 @@ def from_pretrained(
     name_or_path: str | Path,
     *,
     checkpoint_every: int = 0,
+    recompute: str = "block",
     attention: str = "auto",
     dtype: torch.dtype = torch.float32,
     **config_overrides: Any,
@@ -113,7 +114,7 @@ def from_pretrained(
     folder = find_folder(name_or_path)
     config = GPT2Config.from_file(folder / CONFIG_FILE, **config_overrides)
     with torch.device("meta"):  # shapes only: the file brings the memory
-        model = GPT2(config, checkpoint_every=checkpoint_every, attention=attention)
+        model = GPT2(config, checkpoint_every=checkpoint_every, recompute=recompute, attention=attention)
     tensors = {name: tensor.to(dtype) for name, tensor in read_tensors(folder, config)}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_().eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -57,12 +58,27 @@ def test_each_dropout_acts_in_training_only(place: str, backend: str) -> None:
     assert torch.equal(model(ids), model(ids))
 
 
-def test_dropout_sits_at_the_four_official_places(model: GPT2) -> None:
-    """With every sublayer's weights at zero, only the embedding's dropout can act; and so on for each place."""
-    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
-    expected = {"drop", *(f"h.{i}.{half}.dropout" for i in range(4) for half in ("attn", "mlp"))}
-    assert set(rates) == expected
-    assert {model.h[i].attn.attn_pdrop for i in range(4)} == {0.1}
+def test_dropout_sits_on_the_embedding_and_on_what_each_half_of_a_block_adds() -> None:
+    torch.manual_seed(0)
+    model = GPT2(CONFIG.replace(embd_pdrop=0.5, resid_pdrop=0.25, attn_pdrop=0.0))
+    for block in model.h:
+        for half, value in ((block.attn, 1.0), (block.mlp, 10.0)):
+            torch.nn.init.zeros_(half.c_proj.weight)
+            torch.nn.init.constant_(half.c_proj.bias, value)
+    stream = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: stream.append(args[0].detach())) for block in model.h]
+    ids = torch.randint(211, (2, 30))
+    model(ids)
+    plain = model.wte(ids) + model.wpe(torch.arange(30))
+    kept = stream[0] != 0
+    torch.testing.assert_close(stream[0][kept], 2 * plain[kept])
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.04)
+    for before, after in itertools.pairwise(stream):
+        added = (after - before) * 0.75
+        assert {round(x) for x in added.flatten().tolist()} == {0, 1, 10, 11}
+        assert (added.round() == 11).float().mean().item() == pytest.approx(0.75**2, abs=0.04)
+    for hook in hooks:
+        hook.remove()
 
 
 def test_a_position_sees_only_what_came_before(model: GPT2) -> None:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt2 import GPT2, GPT2Config, KVCache
-from minigpt2.recompute import segments
+from minigpt2.recompute import RECOMPUTE, segments
 
 L = 6
 CONFIG = GPT2Config(vocab_size=211, n_positions=32, n_embd=64, n_layer=L, n_head=4)  # every dropout at 0.1
@@ -96,10 +97,73 @@ def test_loss_gradients_and_random_state_are_bit_identical_for_every_k(backend: 
             assert torch.equal(got, want), k
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+@pytest.mark.parametrize("recompute", ["keep-attention", "pointwise"])
+def test_what_a_recomputed_block_keeps_changes_no_bit(recompute: str, backend: str) -> None:
+    model = make_model(attention=backend)
+    expected = loss_and_gradients(model)
+    model.recompute = recompute
+    for k in NOTCHES:
+        model.checkpoint_every = k
+        for got, want in zip(loss_and_gradients(model), expected, strict=True):
+            assert torch.equal(got, want), k
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that reach the device, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(k: int, recompute: str) -> Counter[str]:
+    torch.manual_seed(0)
+    # Without dropout sdpa is one operation on every device.
+    config = CONFIG.replace(attn_pdrop=0.0)
+    model = GPT2(config, checkpoint_every=k, recompute=recompute, attention="sdpa")
+    with CountOperations() as mode:
+        loss_and_gradients(model)
+    return mode.counts
+
+
+SDPA = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def test_block_runs_everything_of_L_minus_k_blocks_again() -> None:
+    plain, again = operations(0, "block"), operations(2, "block")
+    for name, per_block in ((SDPA, 1), ("addmm", 4), ("native_layer_norm", 2), ("gelu", 1)):
+        assert again[name] - plain[name] == per_block * (L - 2), name
+
+
+def test_keep_attention_runs_attention_once() -> None:
+    plain, kept = operations(0, "block"), operations(2, "keep-attention")
+    assert plain[SDPA] == kept[SDPA] == L
+    assert kept["addmm"] - plain["addmm"] == 4 * (L - 2)
+
+
+def test_pointwise_runs_no_matrix_product_and_no_attention_again() -> None:
+    plain, lean = operations(0, "block"), operations(0, "pointwise")
+    for name in (SDPA, "addmm", "mm"):
+        assert plain[name] == lean[name], name
+    assert lean["native_layer_norm"] - plain["native_layer_norm"] == 2 * L
+    assert lean["gelu"] - plain["gelu"] == L
+
+
+@pytest.mark.parametrize("recompute", ["", "all", None])
+def test_an_unknown_way_to_recompute_is_a_value_error(recompute: object) -> None:
+    with pytest.raises(ValueError, match="recompute must be one of block, keep-attention, pointwise, got"):
+        make_model(recompute=recompute)
+
+
 def test_under_autocast() -> None:
     results = []
-    for k in NOTCHES:
-        model = make_model(checkpoint_every=k)
+    for k, recompute in ((0, "block"), *((k, r) for k in (0, 1, 4) for r in RECOMPUTE)):
+        model = make_model(checkpoint_every=k, recompute=recompute)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             results.append(loss_and_gradients(model))
     for result in results[1:]:
@@ -172,9 +236,9 @@ PEAK = """
 import re, sys, torch
 from pathlib import Path
 from minigpt2 import GPT2, GPT2Config
-config = GPT2Config(vocab_size=64, n_positions=512, n_embd=256, n_layer=12, n_head=4)
+config = GPT2Config(vocab_size=64, n_positions=256, n_embd=256, n_layer=12, n_head=4)
 model = GPT2(config, checkpoint_every=int(sys.argv[1]))
-ids = torch.randint(64, (4, 512))
+ids = torch.randint(64, (4, 256))
 # Not ru_maxrss, in which a child process inherits the peak of its parent.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
