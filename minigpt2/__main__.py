@@ -1,4 +1,4 @@
-"""The command line: `minigpt2 generate | download | info`. Each verb calls one function."""
+"""The command line: `minigpt2 generate | plan | download | info`. Each verb calls one function."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -76,6 +77,41 @@ def download(name: Annotated[str, tyro.conf.Positional]) -> None:
     print(f"{name}: verified, in {download(name)}")
 
 
+def plan(
+    model: str = "gpt2",
+    batch: int = 4,
+    length: int = 1024,
+    budget: str | None = None,
+    optimizer: str = "adamw",
+    plot: Path | None = None,
+) -> None:
+    """Print what a float32 training step needs at every notch of the dials, least memory first.
+
+    Args:
+        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with a config.json.
+        batch: Sequences in a batch.
+        length: Tokens in a sequence.
+        budget: Memory of the whole process, such as 4GiB; the fastest notch that fits it is marked.
+        optimizer: adamw, sgd-momentum or sgd.
+        plot: Also draw the frontier into this file, such as frontier.png.
+    """
+    import torch  # noqa: F401 (a part of what the process holds before the model)
+
+    from minigpt2 import memory
+    from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+
+    config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
+    limit = None if budget is None else memory.parse_bytes(budget)
+    baseline = memory.resident_bytes()
+    found = memory.notches(config, batch, length, optimizer=optimizer)
+    print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks include {memory.format_bytes(baseline)} ")
+    print("of Python and torch\n" + memory.table(found, limit, baseline))
+    if plot is not None:
+        memory.plot(found, plot, limit, baseline)
+    if limit is not None:
+        memory.fastest_that_fits(found, limit, baseline)  # raises, and says what the least is
+
+
 def info() -> None:
     """Print versions, device, and which attention backend is used and why."""
     from importlib.metadata import version
@@ -94,7 +130,7 @@ def info() -> None:
 
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake."""
-    verbs: dict[str, Callable[..., None]] = {"generate": generate, "download": download, "info": info}
+    verbs: dict[str, Callable[..., None]] = {"generate": generate, "plan": plan, "download": download, "info": info}
     try:
         tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
     except (ValueError, OSError) as error:

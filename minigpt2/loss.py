@@ -76,7 +76,7 @@ def linear_cross_entropy(
         if outside.numel():
             raise ValueError(f"target {outside[0].item()} is neither in [0, {vocab}) nor ignore_index ({ignore_index})")
 
-    chunk_size = chunk_size or max(1, _CHUNK_BYTES // (4 * vocab))
+    chunk_size = chunk_size or chunk_shape(targets.numel(), vocab)[0]
     total = reduction != "none"
     gradients = total and torch.is_grad_enabled()
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -87,6 +87,14 @@ def linear_cross_entropy(
     count = (targets != ignore_index).sum()
     # Dividing by zero would also give nan, but to the gradients as well.
     return torch.where(count > 0, loss / count.clamp(min=1), float("nan"))
+
+
+def chunk_shape(tokens: int, vocab: int, most: int | None = None) -> tuple[int, int]:
+    """Rows and columns of the one chunk of logits that is held: at most `most` tokens (None: 64 MiB), rows padded."""
+    most = most or max(1, _CHUNK_BYTES // (4 * vocab))
+    # Chunks of equal size: a small last one costs as much as a large one.
+    rows = -(-tokens // max(1, -(-tokens // most)))
+    return rows, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 @torch.library.custom_op("minigpt2::linear_cross_entropy", mutates_args=())
@@ -114,11 +122,10 @@ def _chunked(
     labels = torch.where(counts, targets, 0).unsqueeze(1)
     factors = torch.where(counts, 1.0 if grad_losses is None else grad_losses, 0.0).to(wide).unsqueeze(1)
     head = weight.to(dtype)
-    chunk_size = -(-tokens // max(1, -(-tokens // chunk_size)))  # equal chunks: a small last one costs as much
+    chunk_size, width = chunk_shape(tokens, vocab, chunk_size)
 
     # All chunks share this memory. In lower precision the products need a copy of it in their dtype and a place for one
     # chunk's share of weight's gradient, which is summed in float32.
-    width = -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
     padded = hidden.new_empty(chunk_size, width, dtype=wide)
     narrow = padded if dtype == wide else torch.empty_like(padded, dtype=dtype)
     weight_sum = grad_weight if grad_weight.dtype == wide else torch.empty_like(grad_weight, dtype=wide)
