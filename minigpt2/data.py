@@ -95,7 +95,7 @@ def load_corpus(path: str | Path | None, validation_fraction: float = 0.05) -> C
         taken += len(documents[i][1])
     train = [ids for i, (_, ids) in enumerate(documents) if i not in chosen]
     validation = [documents[i][1] for i in sorted(chosen)]
-    return Corpus(np.concatenate(train), np.concatenate(validation))
+    return Corpus(np.concatenate(train), np.concatenate(validation or [documents[0][1][:0]]))
 
 
 class Batches:
