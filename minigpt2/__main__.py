@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import platform
 import sys
 import warnings
@@ -112,6 +113,9 @@ def main() -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"minigpt2: {message}", file=sys.stderr)
             tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
+        return 141
     except (ValueError, OSError) as error:
         print(f"minigpt2: {error}", file=sys.stderr)
         return 2

@@ -92,6 +92,16 @@ def test_a_terminal_that_is_not_utf8_gets_replacements(hf_tiny):
     assert result.stdout.isascii()
 
 
+def test_a_reader_that_leaves_early_is_no_error(hf_tiny):
+    arguments = ["generate", "--model", hf_tiny, "--prompt", PROMPT, "--max-new-tokens", "20"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "minigpt2", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 GENERATE = {"--model": "HF_TINY", "--prompt": PROMPT}
 
 

@@ -125,6 +125,15 @@ def test_the_split_depends_on_the_texts_and_not_on_their_names(library):
     assert set(documents(load_corpus(library).validation)) == before
 
 
+def test_the_longest_document_is_trained_on(tmp_path):
+    for i in range(8):
+        (tmp_path / "long").write_text(f"A long story, number {i}. " * 500)
+        (tmp_path / "short").write_text(f"A short story, number {i}. " * 10)
+        corpus = load_corpus(tmp_path)
+        assert documents(corpus.validation) == [(tmp_path / "short").read_text()]
+        assert documents(corpus.train) == [(tmp_path / "long").read_text()]
+
+
 def test_one_document_gives_its_end(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("A long story. " * 200)
