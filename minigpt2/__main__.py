@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import io
+import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from minigpt2 import __version__
 
 __all__ = ["main"]
 
@@ -44,6 +49,10 @@ def generate(
     from minigpt2.model import GPT2
     from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     tokenizer = get_tokenizer()
     network = GPT2.from_pretrained(model, attention=attention).to(device)
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
@@ -61,8 +70,11 @@ def generate(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     print(prompt, end="", flush=True)
     for token in tokens:
-        if token.item() != END_OF_TEXT:
-            print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
+        if token.item() == END_OF_TEXT:
+            continue
+        # A vocabulary that was padded has ids without a text.
+        piece = tokenizer.decode_single_token_bytes(int(token)) if token < tokenizer.n_vocab else b"\xff"
+        print(decoder.decode(piece), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 
@@ -120,7 +132,7 @@ def info() -> None:
 
     from minigpt2.attention import explain_backend
 
-    print(f"minigpt2 {version('minigpt2')}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"minigpt2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {version(name)}" for name in ("safetensors", "tiktoken", "numpy", "huggingface_hub")))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
@@ -131,8 +143,15 @@ def info() -> None:
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake."""
     verbs: dict[str, Callable[..., None]] = {"generate": generate, "plan": plan, "download": download, "info": info}
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
-        tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"minigpt2: {message}", file=sys.stderr)
+            tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
+        return 141
     except (ValueError, OSError) as error:
         print(f"minigpt2: {error}", file=sys.stderr)
         return 2

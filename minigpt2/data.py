@@ -69,8 +69,9 @@ def read_documents(path: str | Path | None) -> Iterator[str]:
 def load_corpus(path: str | Path | None, validation_fraction: float = 0.05) -> Corpus:
     """Tokenise the documents under `path` (see read_documents) and split them.
 
-    Validation gets whole documents, chosen by a digest of their text, until it has its fraction of the tokens; a corpus
-    of one document gives its end.
+    Validation gets whole documents, chosen by a digest of their text, until it has its fraction of the tokens; those
+    longer than that come last, the shortest first, and the longest of all stays for training. A corpus of one document
+    gives its end.
     """
     tokenizer = get_tokenizer()
     documents = []
@@ -88,14 +89,14 @@ def load_corpus(path: str | Path | None, validation_fraction: float = 0.05) -> C
         return Corpus(ids[: total - wanted], ids[total - wanted :])
     chosen: set[int] = set()
     taken = 0
-    for i in sorted(range(len(documents)), key=lambda i: documents[i][0])[:-1]:
+    for i in sorted(range(len(documents)), key=lambda i: (max(wanted, len(documents[i][1])), documents[i][0]))[:-1]:
         if taken >= wanted:
             break
         chosen.add(i)
         taken += len(documents[i][1])
     train = [ids for i, (_, ids) in enumerate(documents) if i not in chosen]
     validation = [documents[i][1] for i in sorted(chosen)]
-    return Corpus(np.concatenate(train), np.concatenate(validation))
+    return Corpus(np.concatenate(train), np.concatenate(validation or [documents[0][1][:0]]))
 
 
 class Batches:

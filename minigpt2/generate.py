@@ -70,7 +70,9 @@ def next_token_probabilities(
     In this order: divide by `temperature` (> 0), keep the `top_k` highest, keep the smallest set of the likeliest
     tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020), renormalise.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # Relative to the highest, which then cannot overflow, however low the temperature.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -208,6 +210,11 @@ def _check_sampling(
         raise ValueError("the prompt is empty; start from <|endoftext|> (id 50256) to generate from nothing")
     if input_ids.size(1) > limit:
         raise ValueError(f"the prompt has {input_ids.size(1)} tokens, the context length is {limit}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    for bound in torch.aminmax(input_ids):
+        if not 0 <= bound < model.config.vocab_size:
+            raise ValueError(f"token id {int(bound)} is outside the vocabulary [0, {model.config.vocab_size})")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
