@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from minigpt2.attention import resolve_backend
 from minigpt2.config import GPT2Config
 from minigpt2.data import Batches, DataError, Tokens, in_order, load_corpus
 from minigpt2.model import GPT2
@@ -64,7 +65,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Recomputation: 0 is off; k = 1..n_layer keeps one activation every k blocks and recomputes n_layer - k."""
     attention: str = "auto"
-    """Attention backend: auto, eager or sdpa."""
+    """Attention backend: auto, eager, sdpa or fused."""
     eval_every: int = 50
     """Steps between validations; there is one before the first step and one after the last in any case."""
     eval_batches: int = 8
@@ -111,6 +112,7 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
         model = GPT2(shape, **dials)
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
+    resolve_backend(config.attention, device.type, torch.float32, model.config.head_dim)  # raises if it cannot serve
     return model.to(device).train()
 
 
@@ -228,7 +230,11 @@ def main() -> int:
         if len(corpus.validation) <= config.length:
             raise DataError(f"{len(corpus.validation)} validation tokens are too few for one window of {config.length}")
         out = make_run_folder(config)
-    except (ValueError, OSError) as error:  # everything the user can mend; the loop's own errors are not caught
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # everything the user can mend; the loop's own errors are not caught
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     n_parameters = sum(p.numel() for p in model.parameters())
