@@ -1,0 +1,45 @@
+"""The benchmarks run, at sizes that say nothing."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from minigpt2.bench.memory import bench_memory
+from minigpt2.bench.worker import Job, measure
+
+TINY = {"vocab_size": 200, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+
+
+def test_bench_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    found = bench_memory(
+        config=TINY, batch=1, length=16, every=(1,), recompute=("block",), steps=2, out=tmp_path / "dial"
+    )
+    assert [setting.name for setting, _ in found] == [
+        "no recomputation",
+        "checkpoint_every=1",
+        "transformers",
+        "transformers, gradient checkpointing",
+    ]
+    printed = capsys.readouterr().out
+    assert printed.startswith("bench memory: ")
+    assert "command: " in printed
+    for _, result in found:
+        assert result.peak > result.baseline > 0
+        assert len(result.seconds) == 1
+    with (tmp_path / "dial.csv").open() as file:
+        assert [row["setting"] for row in csv.DictReader(file)] == [setting.name for setting, _ in found]
+    assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_job_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match="checkpoint_every must be an integer from 0"):
+        measure(Job(config=TINY, batch=1, length=16, checkpoint_every=5, steps=1))
+
+
+def test_only_official_models() -> None:
+    with pytest.raises(ValueError, match="model must be one of gpt2, .*, got 'gpt3'"):
+        bench_memory("gpt3")

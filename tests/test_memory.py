@@ -1,0 +1,137 @@
+"""The prediction against what PyTorch's profiler sees allocated, byte for byte; and the choice of a notch by budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from minigpt2 import GPT2, GPT2Config, memory
+from minigpt2.memory import Footprint, fastest_that_fits, footprint, notches, parse_bytes
+
+BETWEEN = "between forward and backward"
+
+
+def allocated(model: GPT2, ids: torch.Tensor) -> tuple[int, int]:
+    """Bytes held between forward and backward, and at the worst moment, beyond what was held before."""
+    torch.manual_seed(0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = model.loss(ids, ids)
+        with record_function(BETWEEN):
+            pass
+        loss.backward()
+    held = most = between = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+        elif event.name() == BETWEEN:
+            between = held
+    return between, most
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 64), (4, 128)])
+@pytest.mark.parametrize("recompute", ["block", "keep-attention", "pointwise"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_prediction_is_what_is_allocated(batch: int, length: int, recompute: str, dropout: float) -> None:
+    """At every notch: what autograd holds to 1%, the worst moment to 3%."""
+    config = GPT2Config(vocab_size=3000, n_positions=128, n_embd=128, n_layer=4, n_head=2)
+    config = config.replace(embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=dropout)
+    model = GPT2(config, recompute=recompute)
+    ids = torch.randint(3000, (batch, length))
+    model.loss(ids, ids).backward()  # the first run builds the kernel and fills caches
+    for k in range(4):
+        model.checkpoint_every = k
+        model.zero_grad()
+        between, most = allocated(model, ids)
+        predicted = footprint(config, batch, length, checkpoint_every=k, recompute=recompute)
+        # A recomputed segment also keeps the state of the random number generator, which 124M would not show.
+        random_state = 5056 * sum(s.recomputed for s in memory.segments(4, k))
+        assert predicted.activations == pytest.approx(between - random_state, rel=0.01), k
+        peak = predicted.peak - predicted.weights - predicted.optimizer
+        assert peak == pytest.approx(most - random_state, rel=0.03), k
+
+
+def test_gradients_of_earlier_micro_batches_are_counted() -> None:
+    one, more = (footprint(GPT2Config(), 4, 1024, accumulate=n) for n in (1, 2))
+    assert more.peak - one.peak == pytest.approx(one.weights, rel=0.01)
+
+
+def test_extra_work_is_that_of_the_recomputed_blocks() -> None:
+    config = GPT2Config()
+    tokens = 4 * 1024
+    products, scores = 2 * tokens * 12 * 768 * 768, 2 * 4 * 1024 * 1024 * 768
+    step = 12 * (3 * products + 3.5 * scores) + 3 * 2 * tokens * 768 * 50257
+    for k in (1, 3, 12):
+        assert footprint(config, 4, 1024, checkpoint_every=k).extra_flops == (12 - k) * (products + scores)
+        kept = footprint(config, 4, 1024, checkpoint_every=k, recompute="keep-attention")
+        assert kept.extra_flops == (12 - k) * products
+    assert footprint(config, 4, 1024).flops == step
+    assert 0 < footprint(config, 4, 1024, recompute="pointwise").extra_work < 0.005
+
+
+def test_weights_and_optimizer_are_those_of_the_model() -> None:
+    model = GPT2(GPT2Config(vocab_size=300, n_positions=16, n_embd=32, n_layer=3, n_head=2, n_inner=50))
+    f = footprint(model.config, 1, 8, optimizer="adamw")
+    assert f.weights == f.gradients == f.optimizer / 2 == 4 * sum(p.numel() for p in model.parameters())
+    assert footprint(model.config, 1, 8, optimizer="sgd").optimizer == 0
+    assert footprint(model.config, 1, 8, dtype=torch.bfloat16).weights == f.weights / 2
+
+
+def test_every_notch_is_there_once_least_memory_first() -> None:
+    found = notches(GPT2Config(), 4, 1024)
+    assert [f.peak for f in found] == sorted(f.peak for f in found)
+    settings = [(f.checkpoint_every, f.recompute) for f in found]
+    assert len(set(settings)) == len(settings) == 12 + 11 + 12
+    least, most = found[0], found[-1]
+    assert least.checkpoint_every == 1
+    assert (most.checkpoint_every, most.recompute) == (0, "block")
+
+
+def test_the_fastest_that_fits() -> None:
+    found = notches(GPT2Config(), 4, 1024)
+    peaks = {(f.checkpoint_every, f.recompute): f.peak for f in found}
+
+    def choice(budget: int) -> Footprint:
+        return fastest_that_fits(found, budget)
+
+    assert choice(max(peaks.values())).extra_flops == 0
+    below = choice(peaks[0, "block"] - 1)
+    assert (below.checkpoint_every, below.recompute) == (0, "pointwise")
+    for budget in sorted(peaks.values()):
+        chosen = choice(budget)
+        assert chosen.peak <= budget
+        assert not [f for f in found if f.peak <= budget and f.extra_flops < chosen.extra_flops]
+    with pytest.raises(ValueError, match=r"nothing fits 1.00 GiB: the least is .* checkpoint_every=1"):
+        choice(2**30)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4GiB", 4 * 2**30), ("512 MiB", 2**29), ("2GB", 2 * 10**9), ("1.5gib", 3 * 2**29), ("3e9", 3 * 10**9)],
+)
+def test_amounts_of_memory(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "4 apples", "-1GiB", "0", "4GiB2"])
+def test_amounts_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="expected an amount of memory such as 4GiB"):
+        parse_bytes(text)
+
+
+def test_settings_out_of_range() -> None:
+    for settings in ({"checkpoint_every": 13}, {"recompute": "some"}, {"optimizer": "lion"}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            footprint(GPT2Config(), 1, 8, **settings)  # type: ignore[arg-type]
+    for batch, length in ((0, 8), (1, 0), (1, 1025)):
+        with pytest.raises(ValueError, match="batch must be >= 1 and length 1 to n_positions=1024"):
+            footprint(GPT2Config(), batch, length)
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    memory.plot(notches(GPT2Config(), 1, 64), tmp_path / "frontier.png", budget=2**30)
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
