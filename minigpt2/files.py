@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["sha256_of", "written_whole"]
+__all__ = ["flush", "sha256_of", "written_whole"]
 
 
 @contextmanager
@@ -28,14 +28,15 @@ def written_whole(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file or a folder to disk before this returns."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

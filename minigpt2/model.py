@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minigpt2.attention import attention, causal_mask, masked_attention, resolve_backend, split_heads
 from minigpt2.config import GPT2Config
-from minigpt2.loss import linear_cross_entropy
+from minigpt2.loss import Reduction, linear_cross_entropy
 from minigpt2.recompute import check_checkpoint_every, recompute, segments
 
 if TYPE_CHECKING:
@@ -185,8 +185,15 @@ class GPT2(nn.Module):
         """Logits (B, V) of the token after the last one: `forward` without the head of the other positions."""
         return F.linear(self.hidden(input_ids, attention_mask, cache)[:, -1], self.wte.weight)
 
-    def loss(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats over the targets that are not -100: a scalar.
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """Cross-entropy in nats over the targets that are not -100: their mean or sum, a scalar; "none": each, (B, T).
 
         input_ids and targets (B, T); targets are already shifted: targets[b, t] is the token after input_ids[b, t].
         """
@@ -194,7 +201,8 @@ class GPT2(nn.Module):
             raise ValueError(
                 f"targets must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(targets.shape)}"
             )
-        return linear_cross_entropy(self.hidden(input_ids, attention_mask), self.wte.weight, targets)
+        hidden = self.hidden(input_ids, attention_mask)
+        return linear_cross_entropy(hidden, self.wte.weight, targets, reduction=reduction)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The residual stream after the last LayerNorm, (B, T, C): everything but the head."""
