@@ -357,12 +357,13 @@ def finish(trainer: Trainer, out: Path) -> None:
     if (out / "best").exists():
         print(f"the weights of the best validation loss, {trainer.best:.4f}, are in {out}/best")
     print(f"the loss curve is {plot_losses(out)}")
-    device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(trainer.config.seed)
-    n_tokens = min(120, model.config.n_positions - 1)
-    start = torch.tensor([[END_OF_TEXT]], device=device)
-    ids = model.eval().generate(start, n_tokens, temperature=0.8, top_k=50, generator=generator)
-    print("a sample of its text:\n" + get_tokenizer().decode(ids[0, 1:].tolist()))
+    if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
+        device = model.wte.weight.device
+        generator = torch.Generator(device).manual_seed(trainer.config.seed)
+        n_tokens = min(120, model.config.n_positions - 1)
+        start = torch.tensor([[END_OF_TEXT]], device=device)
+        ids = model.eval().generate(start, n_tokens, temperature=0.8, top_k=50, generator=generator)
+        print("a sample of its text:\n" + get_tokenizer().decode(ids[0, 1:].tolist()))
 
 
 def main() -> int:

@@ -38,18 +38,18 @@ class Piece(NamedTuple):
     """A digest of the path, size and time of every file so far."""
 
 
-def standard_library() -> Iterator[Path]:
+def standard_library() -> list[Path]:
     """The sources of Python's own standard library, less its tests: text that is on every user's disk."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    return (p for p in _walk(root, left_out) if p.suffix == ".py")
+    return [p for p in _walk(root, left_out) if p.suffix == ".py"]
 
 
 def text_files(path: str | Path | None) -> Iterator[Path]:
     """The one file, or the files of a folder in order of their paths, less hidden ones. None means the standard
     library's sources. Raises DataError where there is nothing."""
     if path is None:
-        return standard_library()
+        return iter(standard_library())
     if Path(path).is_dir():
         return _walk(Path(path))
     if Path(path).is_file():
