@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -86,6 +87,8 @@ class TrainConfig:
     """Clip the norm of the gradient to this; 0 is off."""
     checkpoint_every: int = 0
     """Recomputation: 0 is off; k = 1..n_layer keeps one activation every k blocks and recomputes n_layer - k."""
+    recompute: str = "block"
+    """What a recomputed block keeps: block, keep-attention or pointwise."""
     attention: str = "auto"
     """Attention backend: auto, eager or sdpa."""
     eval_every: int = 50
@@ -105,7 +108,8 @@ class TrainConfig:
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, in the run folder's tb/. Needs pip install 'minigpt2[tensorboard]'."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError with every setting that is out of range."""
         problems = []
         at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch", "length", "accumulate", "max_steps"), 1)
         at_least |= dict.fromkeys(("eval_every", "eval_batches", "keep"), 1)
@@ -129,7 +133,7 @@ class TrainConfig:
 # Settings that may change when a run is resumed, since they are about its surroundings or, like recomputation, about
 # how its numbers are computed and not which. All others must be what they were.
 DIALS = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard", "device", "parallel"}
-DIALS |= {"checkpoint_every", "attention"}
+DIALS |= {"checkpoint_every", "recompute", "attention"}
 
 SETTINGS = "train_config.json"
 
@@ -145,7 +149,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     """The model to train, in training mode on its device."""
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.dropout)
-    dials: dict[str, Any] = {"checkpoint_every": config.checkpoint_every, "attention": config.attention}
+    dials: dict[str, Any] = {"checkpoint_every": config.checkpoint_every, "recompute": config.recompute}
+    dials["attention"] = config.attention
     if config.init is not None:
         model = GPT2.from_pretrained(config.init, **dials, **dropout)
     else:
@@ -314,37 +319,41 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
         raise ValueError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")
     torch.manual_seed(config.seed)
     model = make_model(config, processes.device)
-    if processes.main:
-        open_corpus(config.data, out / "tokens", progress=True)
-    processes.wait()
-    corpus = open_corpus(config.data, out / "tokens")
-    if len(corpus.validation) <= config.length:
-        raise DataError(f"{len(corpus.validation)} validation tokens are too few for one window of {config.length}")
+    new = not out.exists()
+    try:
+        if processes.main:
+            open_corpus(config.data, out / "tokens", progress=True)
+        processes.wait()
+        corpus = open_corpus(config.data, out / "tokens")
+        if len(corpus.validation) <= config.length:
+            raise DataError(f"{len(corpus.validation)} validation tokens are too few for one window of {config.length}")
+        trainer = Trainer(config, model, corpus, processes)
+    except (ValueError, OSError):
+        if new and processes.main:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     if processes.rank:  # process 0 goes on with the state that made the weights, as a single process does
         torch.manual_seed(seed_of(config.seed, 0, processes.rank))
-    trainer = Trainer(config, model, corpus, processes)
-    print_all = print if processes.main else lambda *_: None
     if config.resume:
         found, passed_over = snapshot.newest(out / "snapshots")
         for reason in passed_over:
-            print_all(f"passed over: {reason}")
-        if found is None and passed_over:
-            raise ValueError(f"{out / 'snapshots'} has no whole snapshot; the reasons are above")
+            trainer.say(f"passed over: {reason}")
         if found is not None:
             trainer.restore(found, DIALS)
-        print_all(f"resuming from {found.path if found else 'the beginning: the run had no snapshot yet'}")
+        elif passed_over:
+            raise ValueError(f"{out / 'snapshots'} has no whole snapshot; the reasons are above")
+        trainer.say(f"resuming from {found.path if found else 'the beginning: the run had no snapshot yet'}")
     if processes.main:
         out.mkdir(parents=True, exist_ok=True)
         with written_whole(out / SETTINGS) as path:
             settings = config.to_json() | {"out": str(out), "resume": False}
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     processes.wait()
-    n_parameters = sum(p.numel() for p in model.parameters())
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     many = f" x {processes.world} ({config.parallel})" if processes.world > 1 else ""
     source = config.data or "the Python standard library's own sources"
-    where = f"{processes.device}{many}, attention {config.attention}, run folder {out}"
-    print_all(f"{n_parameters / 1e6:.1f}M parameters on {where}")
-    print_all(f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens from {source}")
+    trainer.say(f"{size} on {processes.device}{many}, attention {config.attention}, run folder {out}")
+    trainer.say(f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens from {source}")
     return trainer, out
 
 
@@ -370,6 +379,7 @@ def main() -> int:
     with ExitStack() as stack:
         try:
             config = read_settings()
+            config.check()
             processes = stack.enter_context(started(config.device))
             trainer, out = set_up(config, processes)
         except (ValueError, OSError) as error:  # everything the user can mend

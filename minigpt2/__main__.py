@@ -1,14 +1,20 @@
-"""The command line: `minigpt2 generate | eval | prepare | download | info`. Each verb calls one function."""
+"""The command line: `minigpt2 generate | eval | prepare | plan | download | info`. Each verb calls one function."""
 
 from __future__ import annotations
 
 import codecs
+import io
+import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from minigpt2 import __version__
 
 __all__ = ["main"]
 
@@ -43,6 +49,7 @@ def generate(
     from minigpt2.model import GPT2
     from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
+    _check_device(device)
     tokenizer = get_tokenizer()
     network = GPT2.from_pretrained(model, attention=attention).to(device)
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
@@ -60,8 +67,11 @@ def generate(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     print(prompt, end="", flush=True)
     for token in tokens:
-        if token.item() != END_OF_TEXT:
-            print(decoder.decode(tokenizer.decode_single_token_bytes(int(token))), end="", flush=True)
+        if token.item() == END_OF_TEXT:
+            continue
+        # A vocabulary that was padded has ids without a text.
+        piece = tokenizer.decode_single_token_bytes(int(token)) if token < tokenizer.n_vocab else b"\xff"
+        print(decoder.decode(piece), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 
@@ -88,6 +98,7 @@ def evaluate(
     from minigpt2.evaluate import evaluate, tokens_of
     from minigpt2.model import GPT2
 
+    _check_device(device)
     with tokens_of(data) as tokens:
         network = GPT2.from_pretrained(model, attention=attention).to(device)
         result = evaluate(network, tokens, length=length, stride=stride, batch=batch, progress=True)
@@ -129,6 +140,41 @@ def download(name: Annotated[str, tyro.conf.Positional]) -> None:
     print(f"{name}: verified, in {download(name)}")
 
 
+def plan(
+    model: str = "gpt2",
+    batch: int = 4,
+    length: int = 1024,
+    budget: str | None = None,
+    optimizer: str = "adamw",
+    plot: Path | None = None,
+) -> None:
+    """Print what a float32 training step needs at every notch of the dials, least memory first.
+
+    Args:
+        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with a config.json.
+        batch: Sequences in a batch.
+        length: Tokens in a sequence.
+        budget: Memory of the whole process, such as 4GiB; the fastest notch that fits it is marked.
+        optimizer: adamw, sgd-momentum or sgd.
+        plot: Also draw the frontier into this file, such as frontier.png.
+    """
+    import torch  # noqa: F401 (a part of what the process holds before the model)
+
+    from minigpt2 import memory
+    from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+
+    config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
+    limit = None if budget is None else memory.parse_bytes(budget)
+    baseline = memory.resident_bytes()
+    found = memory.notches(config, batch, length, optimizer=optimizer)
+    print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks include {memory.format_bytes(baseline)} ")
+    print("of Python and torch\n" + memory.table(found, limit, baseline))
+    if plot is not None:
+        memory.plot(found, plot, limit, baseline)
+    if limit is not None:
+        memory.fastest_that_fits(found, limit, baseline)  # raises, and says what the least is
+
+
 def info() -> None:
     """Print versions, device, and which attention backend is used and why."""
     from importlib.metadata import version
@@ -137,12 +183,21 @@ def info() -> None:
 
     from minigpt2.attention import explain_backend
 
-    print(f"minigpt2 {version('minigpt2')}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"minigpt2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {version(name)}" for name in ("safetensors", "tiktoken", "numpy", "huggingface_hub")))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"device: {device}; {torch.get_num_threads()} CPU threads, {capability}")
     print(f"attention: {explain_backend()}")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def main() -> int:
@@ -151,11 +206,19 @@ def main() -> int:
         "generate": generate,
         "eval": evaluate,
         "prepare": prepare,
+        "plan": plan,
         "download": download,
         "info": info,
     }
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
-        tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"minigpt2: {message}", file=sys.stderr)
+            tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
+        return 141
     except (ValueError, OSError) as error:
         print(f"minigpt2: {error}", file=sys.stderr)
         return 2

@@ -18,14 +18,15 @@ __all__ = ["KVCache", "generate", "next_token_probabilities", "stream"]
 class LayerCache:
     """Keys and values of one block: two tensors (B, H, max_length, D), of which the first `length` are filled."""
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v, self.length = k, v, 0
+    def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
+        self.k, self.v = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) after what is there; return all so far, as views (B, H, length, D)."""
         start, stop = self.length, self.length + k.size(2)
-        self.k[:, :, start:stop] = k
-        self.v[:, :, start:stop] = v
+        self.k[:, :, start:stop] = k.detach()
+        self.v[:, :, start:stop] = v.detach()
         self.length = stop
         return self.k[:, :, :stop], self.v[:, :, :stop]
 
@@ -34,7 +35,7 @@ class KVCache:
     """The past of `batch_size` sequences, up to `max_length` tokens each (default: the model's context length).
 
     Pass it as `model(input_ids, cache=cache)`: the new tokens continue those it holds, and are added to them. It takes
-    2 * L * batch_size * max_length * C elements of the model's dtype, on the model's device.
+    2 * L * batch_size * max_length * C elements of the model's dtype, on the model's device. No gradient flows into it.
     """
 
     def __init__(self, model: GPT2, batch_size: int, max_length: int | None = None) -> None:
@@ -45,9 +46,8 @@ class KVCache:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.batch_size, self.max_length = batch_size, max_length
-        # (L, 2, B, H, S, D)
-        shape = (config.n_layer, 2, batch_size, config.n_head, max_length, config.head_dim)
-        self.layers = [LayerCache(k, v) for k, v in torch.empty(shape, dtype=like.dtype, device=like.device)]
+        shape = (batch_size, config.n_head, max_length, config.head_dim)
+        self.layers = [LayerCache(shape, like) for _ in range(config.n_layer)]
 
     @property
     def length(self) -> int:
@@ -70,7 +70,9 @@ def next_token_probabilities(
     In this order: divide by `temperature` (> 0), keep the `top_k` highest, keep the smallest set of the likeliest
     tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020), renormalise.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # Relative to the highest, which then cannot overflow, however low the temperature.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -208,6 +210,11 @@ def _check_sampling(
         raise ValueError("the prompt is empty; start from <|endoftext|> (id 50256) to generate from nothing")
     if input_ids.size(1) > limit:
         raise ValueError(f"the prompt has {input_ids.size(1)} tokens, the context length is {limit}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    for bound in torch.aminmax(input_ids):
+        if not 0 <= bound < model.config.vocab_size:
+            raise ValueError(f"token id {int(bound)} is outside the vocabulary [0, {model.config.vocab_size})")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):

@@ -7,6 +7,7 @@ Parameters have the names, shapes and layout of the official checkpoint, so weig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from minigpt2.attention import attention, causal_mask, masked_attention, resolve_backend, split_heads
 from minigpt2.config import GPT2Config
-from minigpt2.loss import Reduction, linear_cross_entropy
-from minigpt2.recompute import check_checkpoint_every, recompute, segments
+from minigpt2.dropout import dropout_add
+from minigpt2.loss import linear_cross_entropy
+from minigpt2.recompute import check_checkpoint_every, check_recompute, recompute, recompute_input, segments
 
 if TYPE_CHECKING:
     from minigpt2.generate import KVCache, LayerCache
@@ -45,10 +47,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Projection(config.n_embd, config.inner)
         self.c_proj = Projection(config.inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+    def forward(self, x: Tensor, norm: nn.Module, product: Product) -> Tensor:
+        h = product(lambda x: self.c_fc(norm(x)), x)  # (B, T, inner)
+        return product(lambda h: self.c_proj(F.gelu(h, approximate="tanh")), h)  # (B, T, C)
 
 
 class CausalSelfAttention(nn.Module):
@@ -61,23 +63,22 @@ class CausalSelfAttention(nn.Module):
         self.backend = backend
         self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
         self.c_proj = Projection(config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        qkv = self.c_attn(x)  # (B, T, 3C)
+    def forward(
+        self, x: Tensor, norm: nn.Module, product: Product, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        qkv = product(lambda x: self.c_attn(norm(x)), x)  # (B, T, 3C)
         p = self.attn_pdrop if self.training else 0.0
-        past = 0
-        if cache is not None:
-            past = cache.length
-            q, k, v = split_heads(qkv, self.n_head)  # (B, H, T, D) each
-            k, v = cache.append(k, v)  # (B, H, past + T, D)
-        elif mask is not None:
-            q, k, v = split_heads(qkv, self.n_head)
-        if mask is None and past == 0:
+        if mask is None and (cache is None or cache.length == 0):
             y = attention(qkv, self.n_head, dropout_p=p, backend=self.backend)  # (B, T, C)
+            if cache is not None:
+                cache.append(*split_heads(qkv, self.n_head)[1:])
         else:
+            q, k, v = split_heads(qkv, self.n_head)  # (B, H, T, D) each
+            if cache is not None:
+                k, v = cache.append(k, v)  # (B, H, past + T, D)
             y = masked_attention(q, k, v, mask, dropout_p=p, backend=self.backend)  # (B, T, C)
-        return self.dropout(self.c_proj(y))
+        return self.c_proj(y)
 
 
 class Block(nn.Module):
@@ -85,42 +86,79 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config, backend: str) -> None:
         super().__init__()
+        self.resid_pdrop = config.resid_pdrop
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config, backend)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None, pointwise: bool = False
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With `pointwise`, LayerNorm and GELU are recomputed in the backward pass."""
+        p = self.resid_pdrop if self.training else 0.0
+        product = recompute_input if pointwise else _plainly
+        x = dropout_add(self.attn(x, self.ln_1, product, mask, cache), x, p)
+        return dropout_add(self.mlp(x, self.ln_2, product), x, p)
+
+
+# Calls a function of one tensor that ends in a matrix product: plainly, or so that what precedes it is recomputed.
+Product = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def _plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
 
 
 class BlockStack(nn.ModuleList):
     """The L blocks, some of which are recomputed in the backward pass (see recompute.py)."""
 
-    def __init__(self, config: GPT2Config, *, checkpoint_every: int = 0, attention: str = "auto") -> None:
+    def __init__(
+        self, config: GPT2Config, *, checkpoint_every: int = 0, recompute: str = "block", attention: str = "auto"
+    ) -> None:
         super().__init__(Block(config, attention) for _ in range(config.n_layer))
         self.checkpoint_every = checkpoint_every
+        self.recompute = recompute
 
     @property
     def checkpoint_every(self) -> int:
-        """0: nothing is recomputed. k = 1..L: exactly L - k blocks are. May be changed between steps."""
+        """0: no block is recomputed. k = 1..L: exactly L - k blocks are. May be changed between steps."""
         return self._checkpoint_every
 
     @checkpoint_every.setter
     def checkpoint_every(self, k: int) -> None:
         self._checkpoint_every = check_checkpoint_every(k, len(self))
 
+    @property
+    def recompute(self) -> str:
+        """What a recomputed block keeps: "block", "keep-attention" or "pointwise". May be changed between steps."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: str) -> None:
+        self._recompute = check_recompute(recompute)
+
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        training = self.training and torch.is_grad_enabled() and cache is None
-        for start, stop, recomputed in segments(len(self), self.checkpoint_every if training else 0):
-            x = recompute(self.run, x, mask, start, stop) if recomputed else self.run(x, mask, start, stop, cache)
+        if cache is not None or not (self.training and torch.is_grad_enabled()):
+            return self.run(x, mask, 0, len(self), cache)
+        keep_attention, pointwise = self.recompute == "keep-attention", self.recompute == "pointwise"
+        for start, stop, recomputed in segments(len(self), self.checkpoint_every):
+            arguments = (x, mask, start, stop, None, pointwise)
+            x = recompute(self.run, *arguments, keep_attention=keep_attention) if recomputed else self.run(*arguments)
         return x
 
-    def run(self, x: Tensor, mask: Tensor | None, start: int, stop: int, cache: KVCache | None = None) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        start: int,
+        stop: int,
+        cache: KVCache | None = None,
+        pointwise: bool = False,
+    ) -> Tensor:
         """Blocks start to stop - 1, in order."""
         for i in range(start, stop):
-            x = self[i](x, mask, None if cache is None else cache.layers[i])
+            x = self[i](x, mask, None if cache is None else cache.layers[i], pointwise)
         return x
 
 
@@ -132,17 +170,19 @@ def _embedding(n: int, width: int) -> nn.Embedding:
 class GPT2(nn.Module):
     """The language model. `model(input_ids)` gives logits; `model.loss(input_ids, targets)` the training loss.
 
-    `checkpoint_every` trades time for memory (recompute.py); `attention` names the backend (minigpt2.attention).
+    `checkpoint_every` and `recompute` trade time for memory (recompute.py); `attention` names the backend
+    (minigpt2.attention).
     """
 
-    def __init__(self, config: GPT2Config, *, checkpoint_every: int = 0, attention: str = "auto") -> None:
+    def __init__(
+        self, config: GPT2Config, *, checkpoint_every: int = 0, recompute: str = "block", attention: str = "auto"
+    ) -> None:
         super().__init__()
         resolve_backend(attention)
         self.config = config
         self.wte = _embedding(config.vocab_size, config.n_embd)  # also the output head: the two are tied
         self.wpe = _embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = BlockStack(config, checkpoint_every=checkpoint_every, attention=attention)
+        self.h = BlockStack(config, checkpoint_every=checkpoint_every, recompute=recompute, attention=attention)
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.reset_parameters()
 
@@ -165,12 +205,21 @@ class GPT2(nn.Module):
 
     @property
     def checkpoint_every(self) -> int:
-        """The dial of recomputation; see BlockStack."""
+        """How many blocks are recomputed; see BlockStack."""
         return self.h.checkpoint_every
 
     @checkpoint_every.setter
     def checkpoint_every(self, k: int) -> None:
         self.h.checkpoint_every = k
+
+    @property
+    def recompute(self) -> str:
+        """What a recomputed block keeps; see BlockStack."""
+        return self.h.recompute
+
+    @recompute.setter
+    def recompute(self, recompute: str) -> None:
+        self.h.recompute = recompute
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) of the token that follows each position.
@@ -186,12 +235,7 @@ class GPT2(nn.Module):
         return F.linear(self.hidden(input_ids, attention_mask, cache)[:, -1], self.wte.weight)
 
     def loss(
-        self,
-        input_ids: Tensor,
-        targets: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        reduction: Reduction = "mean",
+        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *, reduction: str = "mean"
     ) -> Tensor:
         """Cross-entropy in nats over the targets that are not -100: their mean or sum, a scalar; "none": each, (B, T).
 
@@ -219,7 +263,8 @@ class GPT2(nn.Module):
             # A padding token sees itself, so that its softmax is defined; nothing real sees padding.
             itself = torch.eye(past + T, dtype=torch.bool, device=device)[past:]
             mask = (causal_mask(T, past + T, device) & real[:, None, None, :]) | itself  # (B, 1, T, past + T)
-        x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+        p = self.config.embd_pdrop if self.training else 0.0
+        x = dropout_add(self.wte(input_ids) + self.wpe(positions), None, p)  # (B, T, C)
         return self.ln_f(self.h(x, mask, cache))
 
     def _check_input(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None, past: int) -> None:
@@ -248,6 +293,7 @@ class GPT2(nn.Module):
         name_or_path: str | Path,
         *,
         checkpoint_every: int = 0,
+        recompute: str = "block",
         attention: str = "auto",
         dtype: torch.dtype = torch.float32,
         **config_overrides: Any,
@@ -258,9 +304,8 @@ class GPT2(nn.Module):
         """
         from minigpt2.weights import from_pretrained
 
-        return from_pretrained(
-            name_or_path, checkpoint_every=checkpoint_every, attention=attention, dtype=dtype, **config_overrides
-        )
+        dials: dict[str, Any] = {"checkpoint_every": checkpoint_every, "recompute": recompute, "attention": attention}
+        return from_pretrained(name_or_path, dtype=dtype, **dials, **config_overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json, which transformers loads as they are; see weights.py."""

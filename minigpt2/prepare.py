@@ -65,7 +65,8 @@ def prepare(
     """Tokenise the documents under `data` (see documents.read_pieces) into the folder `out`, and split them.
 
     Validation gets documents in the order of a digest of their text until it has `validation_fraction` of the tokens;
-    a corpus of one document gives its end. Interrupted, it continues; a finished folder is left as it is. `workers`
+    those longer than that come last, the shortest first, and the longest of all stays for training. A corpus of one
+    document gives its end. Interrupted, it continues; a finished folder is left as it is. `workers`
     threads (default: one a CPU) do the work. Returns what tokens.json says: counts of tokens and documents.
 
     Raises DataError when there is no text or when `out` holds tokens of something else.
@@ -205,15 +206,9 @@ def _opened_at(path: Path, size: int) -> BinaryIO:
 
 def _split(part: Path, out: Path, fraction: float) -> dict[str, int]:
     """Write train.bin and val.bin from the files of `tokenise`; return the tokens in each."""
-    weight = np.zeros(BUCKETS, dtype=np.int64)
-    for block in _documents(part):
-        np.add.at(weight, block["bucket"], block["tokens"].astype(np.int64))
-    wanted = int(weight.sum() * fraction)
-    filled = np.flatnonzero(weight)
-    # The last bucket stays in training, which would have nothing otherwise.
-    taken = np.concatenate([[0], np.cumsum(weight[filled[:-1]])])
-    n_buckets = min(int(np.searchsorted(taken, wanted)), len(taken) - 1)
-    limit = int(filled[n_buckets])  # documents of a bucket below it are validation
+    lengths = sum(int(block["tokens"].sum()) for block in _documents(part))
+    wanted = int(lengths * fraction)
+    limit, longest, n_documents = _choose(part, wanted)
     tokens = np.memmap(part / "tokens.bin", dtype=_TOKEN, mode="r")
     counts = {"train_tokens": 0, "validation_tokens": 0}
     with (
@@ -225,15 +220,40 @@ def _split(part: Path, out: Path, fraction: float) -> dict[str, int]:
         position = 0
         for block in _documents(part):
             for bucket, length in block.tolist():
-                chosen = bucket < limit
+                chosen = bucket < limit if length <= wanted else length < longest
                 tokens[position : position + length].tofile(validation if chosen else train)
                 counts["validation_tokens" if chosen else "train_tokens"] += length
                 position += length
-        if len(filled) == 1:  # one document, or copies of one
+        if n_documents == 1:
             train.truncate((len(tokens) - wanted) * _TOKEN.itemsize)
             tokens[len(tokens) - wanted :].tofile(validation)
             counts = {"train_tokens": len(tokens) - wanted, "validation_tokens": wanted}
     return counts
+
+
+def _choose(part: Path, wanted: int) -> tuple[int, int, int]:
+    """Which documents give validation its tokens: of those that have at most `wanted`, all in a bucket below the first
+    number returned; of the longer ones, all shorter than the second. The third is the number of documents.
+
+    Counting by buckets takes the documents in the order of a digest of their text in memory of a fixed size; of the
+    longer ones there are at most 1 / validation_fraction.
+    """
+    weight, longer, n_documents = np.zeros(BUCKETS, dtype=np.int64), np.empty(0, dtype=np.int64), 0
+    for block in _documents(part):
+        lengths = block["tokens"].astype(np.int64)
+        short = lengths <= wanted
+        np.add.at(weight, block["bucket"][short], lengths[short])
+        if wanted:
+            longer = np.append(longer, lengths[~short])
+        n_documents += len(block)
+    buckets, long_lengths = np.flatnonzero(weight), np.unique(longer)
+    # In the order in which they are taken; the last stays in training, which would have nothing otherwise.
+    groups = [int(weight[bucket]) for bucket in buckets] + [int(longer[longer == n].sum()) for n in long_lengths]
+    taken = np.concatenate([[0], np.cumsum(groups[:-1], dtype=np.int64)])
+    n = min(int(np.searchsorted(taken, wanted)), len(taken) - 1)
+    limit = int(buckets[n]) if n < len(buckets) else BUCKETS
+    longest = int(long_lengths[n - len(buckets)]) if n > len(buckets) else 0
+    return limit, longest, n_documents
 
 
 def _documents(part: Path) -> Any:

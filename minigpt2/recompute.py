@@ -5,18 +5,41 @@ the *first* segment. Only the residual stream that enters a segment is kept; the
 the backward pass reaches it. The last segment is never recomputed: its backward starts at once, so dropping it would
 buy nothing. Hence exactly L - k blocks run twice, and every k from 1 (least memory) to L (none) is a real trade.
 
-The idea is that of Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+What a recomputed block keeps is a second dial, `recompute`:
+
+- `"block"`: nothing but its input. The least memory.
+- `"keep-attention"`: also the attention's output and log-sum-exp, so attention never runs twice.
+- `"pointwise"`: every block, recomputed by `checkpoint_every` or not, keeps what cost a matrix product or attention to
+  make, and LayerNorm, GELU and dropout are recomputed: nearly free in time. Inside a segment that is recomputed this
+  applies while it is recomputed.
+
+The idea is that of Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; the machinery is PyTorch's own
+torch.utils.checkpoint, with its selective policy for "keep-attention".
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-__all__ = ["Segment", "check_checkpoint_every", "recompute", "segments"]
+from minigpt2.attention import attention_operations
+
+__all__ = [
+    "RECOMPUTE",
+    "Segment",
+    "check_checkpoint_every",
+    "check_recompute",
+    "recompute",
+    "recompute_input",
+    "segments",
+]
+
+RECOMPUTE = ("block", "keep-attention", "pointwise")
+"""What a recomputed block keeps; see the top of this file."""
 
 
 class Segment(NamedTuple):
@@ -34,6 +57,13 @@ def check_checkpoint_every(k: int, n_layer: int) -> int:
     return k
 
 
+def check_recompute(recompute: str) -> str:
+    """Return a value of the dial `recompute`; raise ValueError for any other."""
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+    return recompute
+
+
 def segments(n_layer: int, checkpoint_every: int) -> list[Segment]:
     """The segments of a stack, first to last. `checkpoint_every=0` gives one live segment."""
     k = check_checkpoint_every(checkpoint_every, n_layer) or n_layer
@@ -41,13 +71,25 @@ def segments(n_layer: int, checkpoint_every: int) -> list[Segment]:
     return [Segment(a, b, recomputed=b < n_layer) for a, b in zip(starts, [*starts[1:], n_layer], strict=True)]
 
 
-def recompute(function: Callable[..., Tensor], *args: object) -> Tensor:
+def recompute(function: Callable[..., Tensor], *args: object, keep_attention: bool = False) -> Tensor:
     """Call `function(*args)` keeping only `args`; its inside is recomputed, exactly, in the backward pass.
 
-    The random state and autocast of the first run are restored for the second, so dropout draws the same masks.
+    With `keep_attention` the outputs of the attention operation are kept as well and it runs only once. The random
+    state and autocast of the first run are restored for the second, so dropout draws the same masks.
     """
+    context_fn = functools.partial(create_selective_checkpoint_contexts, attention_operations())
     # Stopping early would skip the end of the last block of a segment; we promise whole blocks, run twice, hooks and
     # all.
-    result = checkpoint(function, *args, use_reentrant=False, early_stop=False)
-    assert isinstance(result, Tensor)
-    return result
+    settings: dict[str, Any] = {"use_reentrant": False, "early_stop": False}
+    if keep_attention:
+        settings["context_fn"] = context_fn
+    return cast("Tensor", checkpoint(function, *args, **settings))
+
+
+def recompute_input(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call `function(x)`, where the last thing that function does is a matrix product, keeping only x.
+
+    The backward pass of the product needs its input, and that is recomputed; the product itself is not, because the
+    recomputation stops as soon as it has what the backward pass asks for. Nothing inside may be random.
+    """
+    return cast("Tensor", checkpoint(function, x, use_reentrant=False, preserve_rng_state=False))

@@ -9,7 +9,9 @@ from collections.abc import Collection, Set
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 from tiktoken_ext.openai_public import r50k_pat_str
 
 __all__ = ["END_OF_TEXT", "GPT2Tokenizer", "get_tokenizer"]
@@ -50,6 +52,35 @@ class GPT2Tokenizer(tiktoken.Encoding):
             allowed_special=allowed_special,
             disallowed_special=disallowed_special,
         )
+
+    def encode_to_numpy(
+        self,
+        text: str,
+        *,
+        allowed_special: Literal["all"] | Set[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> NDArray[np.uint32]:
+        """Token ids of `text`, as `encode` gives them, in an array."""
+        return super().encode_to_numpy(
+            _without_surrogates(text), allowed_special=allowed_special, disallowed_special=disallowed_special
+        )
+
+    def encode_with_unstable(
+        self,
+        text: str,
+        *,
+        allowed_special: Literal["all"] | Set[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> tuple[list[int], list[list[int]]]:
+        """The ids that more text cannot change, and the possible continuations of the rest; see tiktoken."""
+        return super().encode_with_unstable(
+            _without_surrogates(text), allowed_special=allowed_special, disallowed_special=disallowed_special
+        )
+
+
+def _without_surrogates(text: str) -> str:
+    """Pairs joined and lone ones replaced by U+FFFD: what tiktoken's encode does."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @functools.cache

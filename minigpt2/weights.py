@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def from_pretrained(
     name_or_path: str | Path,
     *,
     checkpoint_every: int = 0,
+    recompute: str = "block",
     attention: str = "auto",
     dtype: torch.dtype = torch.float32,
     **config_overrides: Any,
@@ -113,7 +115,7 @@ def from_pretrained(
     folder = find_folder(name_or_path)
     config = GPT2Config.from_file(folder / CONFIG_FILE, **config_overrides)
     with torch.device("meta"):  # shapes only: the file brings the memory
-        model = GPT2(config, checkpoint_every=checkpoint_every, attention=attention)
+        model = GPT2(config, checkpoint_every=checkpoint_every, recompute=recompute, attention=attention)
     tensors = {name: tensor.to(dtype) for name, tensor in read_tensors(folder, config)}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_().eval()
@@ -157,7 +159,7 @@ def read_tensors(folder: Path, config: GPT2Config) -> Iterator[tuple[str, Tensor
             file, key = found["lm_head.weight"]
             tied = found.setdefault("wte.weight", (file, key))
             del found["lm_head.weight"]
-            if tied != (file, key) and not torch.equal(file.get_tensor(key), tied[0].get_tensor(tied[1])):
+            if tied != (file, key) and not _equal(file, key, *tied):
                 problems.append("lm_head.weight differs from wte.weight: an untied head is not implemented")
         for name, shape in shapes.items():
             if name not in found:
@@ -188,14 +190,14 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} (pickle files are not read); it holds {present}"
         )
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(map(Path, set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{index}: not an index of safetensors shards: {error!r}") from None
-    problems = [f"{name!r} is not a file name" for name in shards if Path(name).name != name]
-    problems += [f"shard {name} is missing" for name in shards if not (folder / name).is_file()]
+    problems = [f"{str(path)!r} is not a file name" for path in shards if path.name in ("", "..") or path.parent.parts]
+    problems += [f"shard {path} is missing" for path in shards if not (folder / path).is_file()]
     if problems:
         raise WeightsError(f"{index}: {_listed(problems)}")
-    return [folder / name for name in shards]
+    return [folder / path for path in shards]
 
 
 def find_folder(name_or_path: str | Path) -> Path:
@@ -221,16 +223,20 @@ def weights_root() -> Path:
 def download(name: str) -> Path:
     """Fetch an official size into `weights/NAME` and check it. Returns the folder; one that is there is checked again.
 
-    An interrupted download continues; the folder appears only when its contents are verified.
+    The folder appears only when its contents are verified; an interrupted download is repeated by calling this again.
     """
     if name not in OFFICIAL:
         raise WeightsError(f"no official weights are called {name!r}; there are {', '.join(OFFICIAL)}")
     folder = weights_root() / name
     if folder.exists():
-        verify(folder / WEIGHTS_FILE, OFFICIAL[name])
+        try:
+            verify(folder / WEIGHTS_FILE, OFFICIAL[name])
+        except WeightsError as error:
+            raise WeightsError(f"{error}; delete {folder} and download again") from None
         return folder
     partial = folder.with_name(f".{name}.part")
     _fetch(name, partial)
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # huggingface_hub's notes, and what interruptions left
     partial.replace(folder)
     return folder
 
@@ -246,9 +252,15 @@ def _fetch(name: str, folder: Path | None = None) -> Path:
     except Exception as error:  # the hub's own, its HTTP client's and the system's: all of them mean "not fetched"
         raise WeightsError(
             f"{name}: could not be fetched from {official.repository} at {official.revision[:8]}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
-    verify(path, official)
+    try:
+        verify(path, official)
+    except WeightsError as error:
+        # Or the hub's client would take it for fetched the next time. In its cache, path is a link.
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise WeightsError(f"{error}; what was fetched is deleted") from None
     return path.parent
 
 
@@ -257,9 +269,17 @@ def verify(path: Path, official: OfficialFile) -> None:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     if official.size is not None and path.stat().st_size != official.size:
-        raise WeightsError(f"{path}: {path.stat().st_size} bytes, expected {official.size}; delete it and fetch again")
+        raise WeightsError(f"{path}: {path.stat().st_size} bytes, expected {official.size}")
     if official.sha256 is not None and (digest := sha256_of(path)) != official.sha256:
-        raise WeightsError(f"{path}: sha256 is {digest}, expected {official.sha256}; delete it and fetch again")
+        raise WeightsError(f"{path}: sha256 is {digest}, expected {official.sha256}")
+
+
+def _equal(file: Any, key: str, other_file: Any, other_key: str) -> bool:
+    """Whether two tensors of opened files have the same dtype, shape and values."""
+    a, b = file.get_slice(key), other_file.get_slice(other_key)
+    if (a.get_dtype(), a.get_shape()) != (b.get_dtype(), b.get_shape()):
+        return False
+    return torch.equal(file.get_tensor(key), other_file.get_tensor(other_key))
 
 
 def _listed(problems: list[str], most: int = 12) -> str:

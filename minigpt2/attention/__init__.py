@@ -5,12 +5,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2.attention.eager import causal_mask, eager_attention
 
-__all__ = ["BACKENDS", "attention", "causal_mask", "explain_backend", "masked_attention", "resolve_backend"]
+__all__ = [
+    "BACKENDS",
+    "attention",
+    "attention_operations",
+    "causal_mask",
+    "explain_backend",
+    "masked_attention",
+    "resolve_backend",
+]
 
 BACKENDS = ("auto", "eager", "sdpa")
 
@@ -60,6 +71,17 @@ def masked_attention(
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     return merge_heads(y)
+
+
+def attention_operations() -> list[Any]:
+    """The operations of the dispatcher that are all of attention at once, for recomputation to tell them apart."""
+    aten = torch.ops.aten
+    return [
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

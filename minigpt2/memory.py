@@ -1,0 +1,255 @@
+"""What a training step needs, in bytes, before it runs; and the setting of the two dials that fits a budget.
+
+The arithmetic follows one step of `model.loss(...).backward()` and AdamW through time and takes the largest moment.
+R is one residual tensor (batch x length x n_embd elements). A live block keeps 16 R for its backward pass:
+
+    input of ln_1, its output, qkv (3), attention's output, input of ln_2, its output, c_fc's output (4), GELU's (4)
+
+and, beside those, the log-sum-exp of attention and the statistics of the LayerNorms. With `recompute="pointwise"` the
+outputs of LayerNorm and GELU are not kept, which leaves 10 R. Dropout keeps a seed. A recomputed segment keeps its
+input, 1 R, and with `"keep-attention"` another R a block.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minigpt2.config import GPT2Config
+from minigpt2.loss import chunk_shape
+from minigpt2.recompute import RECOMPUTE, check_checkpoint_every, check_recompute, segments
+
+__all__ = [
+    "Footprint",
+    "fastest_that_fits",
+    "footprint",
+    "format_bytes",
+    "notches",
+    "parse_bytes",
+    "plot",
+    "resident_bytes",
+    "table",
+]
+
+# Bytes of optimizer state for each byte of a parameter.
+OPTIMIZERS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one training step at one setting of the dials. The peak is less than the sum of the rest: activations
+    are given back while gradients come."""
+
+    checkpoint_every: int
+    recompute: str
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What autograd holds between the forward and the backward pass; the loss has made the head's gradient by then, and
+    it counts here."""
+    peak: int
+    """The most that is held at any moment of a step, above the interpreter with torch imported."""
+    flops: int
+    """Floating-point operations of a step without recomputation."""
+    extra_flops: int
+    """Floating-point operations of what is recomputed."""
+
+    @property
+    def extra_work(self) -> float:
+        """What is recomputed, as a share of the step's own operations."""
+        return self.extra_flops / self.flops
+
+
+def footprint(
+    config: GPT2Config,
+    batch: int,
+    length: int,
+    *,
+    checkpoint_every: int = 0,
+    recompute: str = "block",
+    dtype: torch.dtype = torch.float32,
+    optimizer: str = "adamw",
+    accumulate: int = 1,
+) -> Footprint:
+    """Predict a step of `batch` sequences of `length` tokens, in a micro-batch, with weights and activations of `dtype`
+    and attention in one operation (`"fused"`, or `"sdpa"` where it does not materialise T x T).
+
+    Raises ValueError for settings out of range.
+    """
+    k, L = check_checkpoint_every(checkpoint_every, config.n_layer), config.n_layer
+    if batch < 1 or not 1 <= length <= config.n_positions:
+        raise ValueError(f"batch must be >= 1 and length 1 to n_positions={config.n_positions}, got {batch}, {length}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    size = _Sizes(config, batch, length, dtype.itemsize, pointwise=check_recompute(recompute) == "pointwise")
+    cut = segments(L, k)
+    kept_attention = size.attention if recompute == "keep-attention" else 0
+    kept = [(size.R + (s.stop - s.start) * kept_attention) if s.recomputed else 0 for s in cut]
+    live = (cut[-1].stop - cut[-1].start) * size.block
+
+    weights = size.block_weights * L + size.head_weights + size.other_weights
+    state = OPTIMIZERS[optimizer] * weights
+    carried = weights if accumulate > 1 else 0  # gradients of earlier micro-batches
+    stack = sum(kept) + live
+    # ln_f's input and statistics; the gradients of the head and of what entered it; the token ids.
+    activations = stack + size.R + size.statistics + size.R + size.head_weights + 16 * batch * length
+
+    def moments() -> Iterator[int]:
+        # The loss: ln_f's output is there too, and one chunk of logits.
+        yield carried + activations + size.R + size.chunk
+        # Backward. The head's gradient waits for that of the embedding, with which it is tied, until the end.
+        held, gradients = stack + size.head_weights, carried
+        for segment, kept_here in zip(reversed(cut), reversed(kept), strict=True):
+            n = segment.stop - segment.start
+            if segment.recomputed:
+                yield gradients + held + size.R + n * (size.block - kept_attention) + size.forward_extra
+            # From here on the segment is live, and gives back a block for each it goes through.
+            below = held - (kept_here if segment.recomputed else n * size.block)
+            for i in reversed(range(n)):
+                yield gradients + below + (i + 1) * size.block + size.backward_extra
+                gradients += 0 if carried else size.block_weights
+            held = below
+        yield gradients + 2 * size.head_weights + size.other_weights + 2 * size.R  # the embedding's gradient
+        yield weights  # the optimizer works in place
+
+    again = sum(s.stop - s.start for s in cut if s.recomputed)
+    extra = again * (size.block_flops + (0 if kept_attention else size.attention_flops))
+    if recompute == "pointwise":
+        extra += L * size.pointwise_flops
+    return Footprint(
+        checkpoint_every=k,
+        recompute=recompute,
+        weights=weights,
+        gradients=weights,
+        optimizer=state,
+        activations=activations,
+        peak=weights + state + max(moments()),
+        flops=3 * L * size.block_flops + L * size.attention_flops * 7 // 2 + 3 * size.head_flops,
+        extra_flops=extra,
+    )
+
+
+class _Sizes:
+    """Bytes and operations of the pieces of a step."""
+
+    def __init__(self, config: GPT2Config, B: int, T: int, e: int, *, pointwise: bool) -> None:
+        C, inner, V = config.n_embd, config.inner, config.vocab_size
+        wide = max(e, 4)  # statistics and sums are float32 at least
+        self.R = B * T * C * e
+        act = B * T * inner * e
+        self.statistics = 2 * B * T * wide
+        self.attention = self.R + B * config.n_head * T * wide  # output and log-sum-exp
+        # Inputs of the two LayerNorms, qkv, attention, c_fc's output ...
+        self.block = 5 * self.R + self.attention + act
+        if not pointwise:
+            self.block += 2 * self.R + act + 2 * self.statistics  # ... and the outputs of LayerNorm and GELU
+        # On top of what is kept: c_proj's output before it is added, and what the recomputation of GELU made.
+        self.forward_extra = self.R + (act if pointwise else 0)
+        # The gradients of the residual stream, of c_proj's output and of its input.
+        self.backward_extra = 2 * self.R + act + (act if pointwise else 0)
+        self.block_weights = (4 * C * C + 2 * C * inner + 9 * C + inner) * e
+        self.head_weights = V * C * e
+        self.other_weights = (config.n_positions * C + 2 * C) * e
+        rows, width = chunk_shape(B * T, V)
+        self.chunk = rows * width * wide + 2 * rows * C * wide
+        tokens = B * T
+        self.block_flops = 2 * tokens * (4 * C * C + 2 * C * inner)
+        self.attention_flops = 2 * tokens * T * C  # two products of T x D x T a head, half of it above the diagonal
+        self.head_flops = 2 * tokens * V * C
+        self.pointwise_flops = tokens * (2 * 8 * C + 12 * inner)  # about 8 an element of LayerNorm, 12 of GELU
+
+
+def notches(config: GPT2Config, batch: int, length: int, **settings: object) -> list[Footprint]:
+    """Every setting of the two dials that differs from the others, least memory first. `settings` as in footprint."""
+    found = [
+        footprint(config, batch, length, checkpoint_every=k, recompute=recompute, **settings)  # type: ignore[arg-type]
+        for recompute in RECOMPUTE
+        for k in range(config.n_layer)
+        if k or recompute != "keep-attention"  # without a recomputed block there is no attention to keep
+    ]
+    return sorted(found, key=lambda f: (f.peak, f.extra_flops))
+
+
+def fastest_that_fits(found: list[Footprint], budget: int, baseline: int = 0) -> Footprint:
+    """The notch with the least recomputation whose peak, on top of `baseline`, is at most `budget` bytes; ValueError if
+    there is none."""
+    fitting = [f for f in found if f.peak + baseline <= budget]
+    if not fitting:
+        least = min(found, key=lambda f: f.peak)
+        raise ValueError(
+            f"nothing fits {format_bytes(budget)}: the least is {format_bytes(least.peak + baseline)}, with "
+            f"checkpoint_every={least.checkpoint_every}, recompute={least.recompute!r}"
+        )
+    return min(fitting, key=lambda f: (f.extra_flops, f.peak))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes meant by a text such as "4GiB", "512 MiB", "3.5e9" or "2GB"."""
+    units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    units |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not match or match[2] not in units or not float(match[1]):
+        raise ValueError(f"expected an amount of memory such as 4GiB or 512MiB, got {text!r}")
+    return int(float(match[1]) * units[match[2]])
+
+
+def format_bytes(n: int) -> str:
+    """Bytes in GiB, or MiB below one."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+def table(found: list[Footprint], budget: int | None = None, baseline: int = 0) -> str:
+    """Notches as lines of text, `baseline` bytes of interpreter included in their totals and in `budget`."""
+    chosen = None
+    if budget is not None:
+        fitting = [f for f in found if f.peak + baseline <= budget]
+        chosen = fastest_that_fits(found, budget, baseline) if fitting else None
+    lines = [
+        f"{'checkpoint_every':>16}  {'recompute':<14}  {'activations':>11}  {'peak':>10}  {'extra work':>10}  fits"
+    ]
+    for f in found:
+        fits = "" if budget is None else "yes" if f.peak + baseline <= budget else "no"
+        name = "-" if (f.checkpoint_every, f.recompute) == (0, "block") else f.recompute
+        mark = "  <- the fastest that fits" if f is chosen else ""
+        lines.append(
+            f"{f.checkpoint_every:>16}  {name:<14}  {format_bytes(f.activations):>11}  "
+            f"{format_bytes(f.peak + baseline):>10}  {f.extra_work:>10.1%}  {fits}{mark}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def plot(found: list[Footprint], path: str | Path, budget: int | None = None, baseline: int = 0) -> None:
+    """Draw extra work over peak memory, a line for each way to recompute, to a file that matplotlib can write."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for recompute in RECOMPUTE:
+        line = sorted((f for f in found if f.recompute == recompute), key=lambda f: f.peak)
+        x, y = [(f.peak + baseline) / 2**30 for f in line], [100 * f.extra_work for f in line]
+        axes.plot(x, y, "o-", markersize=4, label=f'recompute="{recompute}"')
+        for f, at_x, at_y in zip(line, x, y, strict=True):
+            axes.annotate(str(f.checkpoint_every), (at_x, at_y), xytext=(0, 4), textcoords="offset points", fontsize=7)
+    if budget is not None:
+        axes.axvline(budget / 2**30, color="gray", linestyle="--", label=f"budget {format_bytes(budget)}")
+    axes.set(xlabel="peak memory (GiB)", ylabel="extra work (%)", title="The dial; numbers are checkpoint_every")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; on systems without /proc, its peak so far."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

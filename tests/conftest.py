@@ -1,0 +1,76 @@
+"""Fixtures shared by the tests: a tiny configuration, and checkpoints written by transformers at tiny and true size."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config as HFConfig
+from transformers import GPT2LMHeadModel
+
+from minigpt2 import GPT2, GPT2Config
+
+OFFICIAL_GPT2 = Path(__file__).parent.parent / "weights" / "gpt2"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run or what must be asked for by `-m`."""
+    asked = config.option.markexpr
+    reasons = {
+        "official": None if OFFICIAL_GPT2.is_dir() else "needs the official weights: minigpt2 download gpt2",
+        "cuda": None if torch.cuda.is_available() else "needs a CUDA device",
+        "large": None if "large" in asked else "takes minutes and 20 GiB of memory: run with pytest -m large",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> GPT2Config:
+    return GPT2Config(
+        vocab_size=503, n_positions=64, n_embd=64, n_layer=3, n_head=4, bos_token_id=502, eos_token_id=502
+    )
+
+
+def random_hf(config: HFConfig, seed: int = 0) -> GPT2LMHeadModel:
+    """A Hugging Face model in which every parameter counts: no bias is 0, no LayerNorm the identity."""
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or ".ln_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            else:
+                parameter.mul_(3.0)  # away from the flat logits of a fresh model
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def hf_tiny(tiny_config: GPT2Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which transformers saved a random model of `tiny_config`. Not to be written to."""
+    folder = tmp_path_factory.mktemp("hf_tiny")
+    random_hf(HFConfig(**tiny_config.to_dict())).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_124m(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which transformers saved a random model at the true shapes of gpt2 (half a gigabyte)."""
+    folder = tmp_path_factory.mktemp("hf_124m")
+    random_hf(HFConfig()).save_pretrained(folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def tiny_model(hf_tiny: Path) -> GPT2:
+    """`hf_tiny` as our model, in evaluation mode; each test gets its own."""
+    return GPT2.from_pretrained(hf_tiny)

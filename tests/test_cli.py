@@ -1,0 +1,198 @@
+"""The command line, as a user meets it: what it prints, and one clear line with exit status 2 for a mistake."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import minigpt2
+from minigpt2 import __main__ as cli
+from minigpt2.generate import generate
+from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+
+PROMPT = "in the"  # two tokens that the tiny vocabulary has
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "minigpt2", *map(str, arguments)],
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
+    )
+
+
+def in_process(monkeypatch, capsys, *arguments):
+    """The same without a new interpreter: (exit status, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["minigpt2", *map(str, arguments)])
+    try:
+        status = cli.main()
+    except SystemExit as end:  # tyro's own
+        status = end.code
+    return (status, *capsys.readouterr())
+
+
+def test_generate_prints_the_prompt_and_what_generate_gives(hf_tiny, tiny_model):
+    dials = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
+    flags = [word for name, value in dials.items() for word in (f"--{name.replace('_', '-')}", value)]
+    result = command("generate", "--model", hf_tiny, "--prompt", PROMPT, "--max-new-tokens", 30, "--seed", 5, *flags)
+    ids = torch.tensor([get_tokenizer().encode(PROMPT)])
+    expected = generate(tiny_model, ids, 30, generator=torch.Generator().manual_seed(5), **dials)[0].tolist()
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.decode() == get_tokenizer().decode(expected) + "\n"
+
+
+def test_a_character_split_over_tokens_is_printed_whole_and_as_it_comes(monkeypatch, capsys, hf_tiny):
+    text = "é漢👩‍🚀"
+    ids = [get_tokenizer().encode_single_token(bytes([b])) for b in text.encode()]
+    seen = []
+
+    def stream(*args, **kwargs):
+        for i in [*ids, ids[0], END_OF_TEXT]:
+            yield torch.tensor([i])
+            seen.append(capsys.readouterr().out)
+
+    monkeypatch.setattr("minigpt2.generate.stream", stream)
+    cli.generate(str(hf_tiny), PROMPT)
+    assert seen[:5] == [PROMPT, "é", "", "", "漢"]
+    assert "".join(seen) == PROMPT + text
+    assert capsys.readouterr().out == "\ufffd\n"  # the one that was cut short
+
+
+def test_an_id_beyond_the_tokenizer_is_printed_as_the_replacement_character(monkeypatch, capsys, hf_tiny):
+    monkeypatch.setattr("minigpt2.generate.stream", lambda *args, **kwargs: iter([torch.tensor([50300])]))
+    cli.generate(str(hf_tiny), PROMPT)
+    assert capsys.readouterr().out == PROMPT + "\ufffd\n"
+
+
+def test_the_seed_decides_the_text(monkeypatch, capsys, hf_tiny):
+    def text(*flags):
+        return in_process(monkeypatch, capsys, "generate", "--model", hf_tiny, "--prompt", PROMPT, *flags)[1]
+
+    short = ("--max-new-tokens", 20)
+    assert text(*short, "--seed", 1) == text(*short, "--seed", 1) != text(*short, "--seed", 2)
+    assert text(*short) != text(*short)
+
+
+def test_the_context_limit_ends_with_a_message_and_success(hf_tiny):
+    result = command("generate", "--model", hf_tiny, "--prompt", PROMPT)
+    assert result.returncode == 0
+    assert result.stdout.decode().startswith(PROMPT)
+    assert result.stderr == b"minigpt2: stopped at the context length of 64 tokens, after 62 of 100\n"
+
+
+def test_a_terminal_that_is_not_utf8_gets_replacements(hf_tiny):
+    result = command(
+        "generate", "--model", hf_tiny, "--prompt", PROMPT, "--max-new-tokens", 20, PYTHONIOENCODING="ascii"
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.isascii()
+
+
+def test_a_reader_that_leaves_early_is_no_error(hf_tiny):
+    arguments = ["generate", "--model", hf_tiny, "--prompt", PROMPT, "--max-new-tokens", "20"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "minigpt2", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+GENERATE = {"--model": "HF_TINY", "--prompt": PROMPT}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--model": "gpt3"}, "'gpt3' is neither an official name (gpt2, "),
+        ({"--model": os.devnull}, "neither an official name"),
+        ({"--model": os.curdir}, "config.json: no such file"),
+        ({"--prompt": ""}, "the prompt is empty"),
+        ({"--prompt": "Hello"}, "15496 is outside the vocabulary"),
+        ({"--prompt": "a" + " b" * 64}, "65 tokens, the context length is 64"),
+        ({"--temperature": "-1"}, "temperature must be"),
+        ({"--temperature": "nan"}, "temperature must be"),
+        ({"--top-k": "0"}, "top_k must be >= 1, got 0"),
+        ({"--top-p": "1.1"}, "top_p must be in (0, 1], got 1.1"),
+        ({"--max-new-tokens": "-1"}, "max_new_tokens must be >= 0, got -1"),
+        ({"--attention": "flash"}, "attention backend must be one of auto, eager, sdpa"),
+        ({"--device": "abacus"}, "--device abacus cannot be used"),
+        pytest.param(
+            {"--device": "cuda"},
+            "--device cuda cannot be used",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_a_mistake_is_one_clear_line(monkeypatch, capsys, hf_tiny, changes, message):
+    flags = [word.replace("HF_TINY", str(hf_tiny)) for pair in (GENERATE | changes).items() for word in pair]
+    status, out, err = in_process(monkeypatch, capsys, "generate", *flags)
+    assert (status, out) == (2, "")
+    assert err.startswith("minigpt2: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_has_exit_status_2_and_no_traceback(tmp_path):
+    (tmp_path / "config.json").write_text('{"add_cross_attention": true}')
+    result = command("generate", "--model", tmp_path, "--prompt", "x")
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr.decode() == (
+        f"minigpt2: {tmp_path}/config.json: add_cross_attention=True is not implemented (only False)\n"
+    )
+
+
+def test_an_unknown_download_is_one_clear_line(monkeypatch, capsys):
+    status, out, err = in_process(monkeypatch, capsys, "download", "gpt3")
+    assert (status, out) == (2, "")
+    assert err == (
+        "minigpt2: no official weights are called 'gpt3'; there are gpt2, gpt2-medium, gpt2-large, gpt2-xl\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["generate"], ["generate", "--model", "x", "--prompt", "x", "--top-k", "many"]], ids=str
+)
+def test_a_command_line_that_cannot_be_read_has_exit_status_2(monkeypatch, capsys, arguments):
+    status, out, err = in_process(monkeypatch, capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentioned"),
+    [
+        (["--help"], ["generate", "download", "info"]),
+        (["generate", "--help"], ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p"]),
+        (["download", "--help"], ["gpt2-medium"]),
+        (["info", "--help"], ["attention backend"]),
+    ],
+    ids=" ".join,
+)
+def test_help(monkeypatch, capsys, arguments, mentioned):
+    status, out, _ = in_process(monkeypatch, capsys, *arguments)
+    assert status in (0, None)
+    assert [word for word in mentioned if word not in out] == []
+
+
+def test_info_prints_versions_device_and_the_attention_backend_and_why():
+    result = command("info")
+    assert (result.returncode, result.stderr) == (0, b"")
+    versions, libraries, device, attention = result.stdout.decode().splitlines()
+    assert versions == f"minigpt2 {minigpt2.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    assert libraries.startswith("safetensors ")
+    assert device.startswith("device: ")
+    assert minigpt2.attention.resolve_backend("auto") in attention
+    assert "(" in attention
+
+
+def test_the_console_script_is_main():
+    result = subprocess.run(
+        [sys.executable, "-c", "from minigpt2.__main__ import main; raise SystemExit(main())", "download", "gpt3"],
+        capture_output=True,
+    )
+    assert result.returncode == 2

@@ -1,0 +1,260 @@
+"""checkpoint_every: which blocks run twice, exactly the same numbers, and the memory it saves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minigpt2 import GPT2, GPT2Config, KVCache
+from minigpt2.recompute import RECOMPUTE, segments
+
+L = 6
+CONFIG = GPT2Config(vocab_size=211, n_positions=32, n_embd=64, n_layer=L, n_head=4)  # every dropout at 0.1
+NOTCHES = range(L + 1)
+
+
+def make_model(**settings: object) -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(CONFIG, **settings)  # type: ignore[arg-type]
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(CONFIG.vocab_size, (3, 25), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def loss_and_gradients(model: GPT2, seed: int = 7) -> list[Tensor]:
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss = model.loss(*batch())
+    loss.backward()
+    after = torch.rand(())  # where the random state stands
+    return [loss.detach(), after, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@contextmanager
+def runs_counted(model: GPT2) -> Iterator[Counter[int]]:
+    """Count how often each block starts and finishes a forward pass."""
+    counts: Counter[int] = Counter()
+    hooks = []
+    for i, block in enumerate(model.h):
+        hooks.append(block.register_forward_pre_hook(lambda *_, i=i: counts.update([i])))
+        hooks.append(block.register_forward_hook(lambda *_, i=i: counts.update([i])))
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "k", "expected"),
+    [
+        (12, 0, [(0, 12, False)]),
+        (12, 12, [(0, 12, False)]),
+        (12, 5, [(0, 2, True), (2, 7, True), (7, 12, False)]),
+        (3, 1, [(0, 1, True), (1, 2, True), (2, 3, False)]),
+        (3, 2, [(0, 1, True), (1, 3, False)]),
+        (1, 1, [(0, 1, False)]),
+    ],
+)
+def test_segments_are_counted_from_the_end(n_layer: int, k: int, expected: list[tuple[int, int, bool]]) -> None:
+    assert segments(n_layer, k) == expected
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 5, 12, 48])
+def test_segments_partition_the_stack_and_recompute_L_minus_k_blocks(n_layer: int) -> None:
+    for k in range(1, n_layer + 1):
+        cut = segments(n_layer, k)
+        assert [i for s in cut for i in range(s.start, s.stop)] == list(range(n_layer))
+        assert sum(s.stop - s.start for s in cut if s.recomputed) == n_layer - k
+
+
+@pytest.mark.parametrize("k", NOTCHES)
+def test_exactly_the_first_L_minus_k_blocks_run_twice(k: int) -> None:
+    model = make_model(checkpoint_every=k)
+    with runs_counted(model) as counts:
+        loss_and_gradients(model)
+    recomputed = L - k if k else 0
+    assert [counts[i] for i in range(L)] == [4] * recomputed + [2] * (L - recomputed)  # start and finish of each run
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+def test_loss_gradients_and_random_state_are_bit_identical_for_every_k(backend: str) -> None:
+    model = make_model(attention=backend)
+    expected = loss_and_gradients(model)
+    assert not torch.equal(expected[0], loss_and_gradients(model, seed=8)[0])  # dropout is really on
+    for k in NOTCHES:
+        model.checkpoint_every = k
+        for got, want in zip(loss_and_gradients(model), expected, strict=True):
+            assert torch.equal(got, want), k
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+@pytest.mark.parametrize("recompute", ["keep-attention", "pointwise"])
+def test_what_a_recomputed_block_keeps_changes_no_bit(recompute: str, backend: str) -> None:
+    model = make_model(attention=backend)
+    expected = loss_and_gradients(model)
+    model.recompute = recompute
+    for k in NOTCHES:
+        model.checkpoint_every = k
+        for got, want in zip(loss_and_gradients(model), expected, strict=True):
+            assert torch.equal(got, want), k
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that reach the device, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(k: int, recompute: str) -> Counter[str]:
+    torch.manual_seed(0)
+    # Without dropout sdpa is one operation on every device.
+    config = CONFIG.replace(attn_pdrop=0.0)
+    model = GPT2(config, checkpoint_every=k, recompute=recompute, attention="sdpa")
+    with CountOperations() as mode:
+        loss_and_gradients(model)
+    return mode.counts
+
+
+SDPA = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def test_block_runs_everything_of_L_minus_k_blocks_again() -> None:
+    plain, again = operations(0, "block"), operations(2, "block")
+    for name, per_block in ((SDPA, 1), ("addmm", 4), ("native_layer_norm", 2), ("gelu", 1)):
+        assert again[name] - plain[name] == per_block * (L - 2), name
+
+
+def test_keep_attention_runs_attention_once() -> None:
+    plain, kept = operations(0, "block"), operations(2, "keep-attention")
+    assert plain[SDPA] == kept[SDPA] == L
+    assert kept["addmm"] - plain["addmm"] == 4 * (L - 2)
+
+
+def test_pointwise_runs_no_matrix_product_and_no_attention_again() -> None:
+    plain, lean = operations(0, "block"), operations(0, "pointwise")
+    for name in (SDPA, "addmm", "mm"):
+        assert plain[name] == lean[name], name
+    assert lean["native_layer_norm"] - plain["native_layer_norm"] == 2 * L
+    assert lean["gelu"] - plain["gelu"] == L
+
+
+@pytest.mark.parametrize("recompute", ["", "all", None])
+def test_an_unknown_way_to_recompute_is_a_value_error(recompute: object) -> None:
+    with pytest.raises(ValueError, match="recompute must be one of block, keep-attention, pointwise, got"):
+        make_model(recompute=recompute)
+
+
+def test_under_autocast() -> None:
+    results = []
+    for k, recompute in ((0, "block"), *((k, r) for k in (0, 1, 4) for r in RECOMPUTE)):
+        model = make_model(checkpoint_every=k, recompute=recompute)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(loss_and_gradients(model))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def test_with_gradient_accumulation_and_a_dial_that_moves_between_steps() -> None:
+    def two_steps(dial: tuple[int, int]) -> list[Tensor]:
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for k in dial:
+            model.checkpoint_every = k
+            for seed in (1, 2):
+                (model.loss(*batch(seed)) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.parameters())
+
+    for moved, still in zip(two_steps((1, 4)), two_steps((0, 0)), strict=True):
+        assert torch.equal(moved, still)
+
+
+def test_with_a_padded_batch() -> None:
+    mask = torch.ones(3, 24, dtype=torch.long)
+    mask[1, :9] = 0
+    gradients = []
+    for k in (0, 1, 4):
+        model = make_model(checkpoint_every=k)
+        torch.manual_seed(3)
+        model.loss(*batch(), attention_mask=mask).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[2], strict=True))
+
+
+def test_autograd_grad_of_some_parameters_only() -> None:
+    """Gradients reach whoever asks for them, not only the .grad fields."""
+    model = make_model(checkpoint_every=2)
+    wanted = [model.wpe.weight, model.h[0].attn.c_attn.weight, model.h[5].ln_2.bias]
+    torch.manual_seed(7)
+    got = torch.autograd.grad(model.loss(*batch()), wanted)
+    model.checkpoint_every = 0
+    torch.manual_seed(7)
+    assert all(map(torch.equal, got, torch.autograd.grad(model.loss(*batch()), wanted)))
+
+
+@pytest.mark.parametrize("case", ["evaluation", "no_grad", "cache"])
+def test_nothing_is_recomputed_outside_training(case: str) -> None:
+    model = make_model(checkpoint_every=1)
+    model.train(case != "evaluation")
+    cache = KVCache(model, 3) if case == "cache" else None
+    with runs_counted(model) as counts, torch.set_grad_enabled(case != "no_grad"):
+        logits = model(batch()[0], cache=cache)
+        if logits.requires_grad:
+            logits.sum().backward()
+    assert set(counts.values()) == {2}
+
+
+@pytest.mark.parametrize("k", [-1, L + 1, 1.0, True, None, "2"])
+def test_anything_else_is_a_value_error(k: object) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint_every must be an integer from 0 \(off\) to n_layer=6, got"):
+        make_model(checkpoint_every=k)
+    model = make_model(checkpoint_every=2)
+    with pytest.raises(ValueError, match="checkpoint_every"):
+        model.checkpoint_every = k  # type: ignore[assignment]
+    assert model.checkpoint_every == 2
+
+
+PEAK = """
+import re, sys, torch
+from pathlib import Path
+from minigpt2 import GPT2, GPT2Config
+config = GPT2Config(vocab_size=64, n_positions=256, n_embd=256, n_layer=12, n_head=4)
+model = GPT2(config, checkpoint_every=int(sys.argv[1]))
+ids = torch.randint(64, (4, 256))
+# Not ru_maxrss, in which a child process inherits the peak of its parent.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+model.loss(ids, ids).backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_less_is_kept_with_a_smaller_k() -> None:
+    # A fixed threshold makes glibc return what is freed to the system at once, so that the peak is what was in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+    def peak(k: int) -> int:
+        command = [sys.executable, "-c", PEAK, str(k)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    peaks = [peak(k) for k in (0, 6, 1)]
+    assert peaks[0] > 1.3 * peaks[1] > 1.3 * 1.3 * peaks[2]
