@@ -193,9 +193,8 @@ class Trainer(RunState):
         for _ in range(self.config.accumulate):
             input_ids, targets = next(self.batches)
             micro_batches.append((input_ids.to(self.device), targets.to(self.device)))
-        loss, count = accumulate_gradients(
-            self.network, micro_batches, self.processes, self.config.precision, self.scaler
-        )
+        step = (self.network, micro_batches, self.processes, self.config.precision, self.scaler)
+        loss, count = accumulate_gradients(*step)
         self.scaler.unscale_(self.optimizer)
         clip = self.config.clip or math.inf
         norm = snapshot.whole(nn.utils.clip_grad_norm_(self.model.parameters(), clip)).item()
@@ -207,11 +206,8 @@ class Trainer(RunState):
             self.say(f"step {self.step + 1}: a gradient overflowed in fp16; step skipped, loss scale halved")
         else:
             snapshot.set_random_state(random_state, self.device)
-            message = f"step {self.step + 1}: the loss is {loss}, the norm of the gradient {norm}"
-            self.optimizer.zero_grad()
-            message += "; " + culprit(
-                self.model, self.network, micro_batches, self.processes, self.config.precision, self.scaler
-            )
+            message = f"step {self.step + 1}: the loss is {loss}, the norm of the gradient {norm}; "
+            message += culprit(self.model, *step)
             self.optimizer.zero_grad()
             if self.config.on_nonfinite == "stop":
                 snapshot.set_random_state(random_state, self.device)
@@ -363,8 +359,10 @@ def finish(trainer: Trainer, out: Path) -> None:
     if not trainer.processes.main:
         return
     print(f"saved {out}/model.safetensors; continue it with: minigpt2 generate --model {out} --prompt 'import '")
-    if (out / "best").exists():
-        print(f"the weights of the best validation loss, {trainer.best:.4f}, are in {out}/best")
+    best = (
+        f"in {out}/best" if (out / "best").exists() else "those it began with: no validation was better than the first"
+    )
+    print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
     print(f"the loss curve is {plot_losses(out)}")
     if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
         device = model.wte.weight.device

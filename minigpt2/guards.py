@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from collections.abc import Iterator
@@ -48,55 +49,56 @@ def stop_on_signals() -> Iterator[Stop]:
 
 @contextmanager
 def first_nonfinite(model: nn.Module) -> Iterator[list[str]]:
-    """Run a step inside; afterwards the list says, in order, which modules had finite inputs and non-finite outputs, in
-    the forward pass and then in the backward pass. It is empty if everything was finite.
+    """Run a step inside; afterwards the list names, in the order in which they were computed, the modules that made
+    something infinite or not a number out of finite inputs, in the forward or in the backward pass. It is empty if
+    everything was finite.
 
     Every tensor is looked at, so this is for a step that is known to be bad and is run again.
     """
-    found: list[str] = []
+    watch = _Watch()
     hooks = []
     for name, module in model.named_modules():
         if name:
-            hooks.append(module.register_forward_hook(_forward_hook(name, found), with_kwargs=True))
-            hooks.append(module.register_full_backward_hook(_backward_hook(name, found)))
+            hooks.append(module.register_forward_hook(functools.partial(watch.forward, name), with_kwargs=True))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            hooks.append(parameter.register_post_accumulate_grad_hook(_gradient_hook(name, found)))
+            hooks.append(parameter.register_hook(functools.partial(watch.gradient, name)))
     try:
-        yield found
+        yield watch.found
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _forward_hook(name: str, found: list[str]) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # A container finishes after what it contains, which is named already.
-        if not _finite(output) and not any(
-            f.startswith(("the output of " + name, "the weights of " + name)) for f in found
-        ):
-            if not all(torch.isfinite(p).all() for p in module.parameters(recurse=False)):
-                found.append(f"the weights of {name}")
-            elif _finite([*args, *kwargs.values()]):
-                found.append(f"the output of {name}")
+class _Watch:
+    """What the hooks of first_nonfinite see."""
 
-    return hook
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.received: dict[str, bool] = {}  # whether the gradient that reached a module's output was finite
 
+    def forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        inputs = [*args, *kwargs.values()]
+        if not _finite(output) and _finite(inputs):
+            weights = all(_finite(p) for p in module.parameters())
+            self.found.append(f"the output of {name}" if weights else f"a weight of {name}")
+        # Not the hooks that modules have for the backward pass: those change the graph, and want inputs with gradients.
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(functools.partial(self.receive, name))
+        for tensor in inputs:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(functools.partial(self.send, name))
 
-def _backward_hook(name: str, found: list[str]) -> Any:
-    def hook(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        if _finite(grad_output) and not _finite(grad_input):
-            found.append(f"the backward pass of {name}")
+    def receive(self, name: str, gradient: Tensor) -> None:
+        self.received[name] = _finite(gradient)
 
-    return hook
+    def send(self, name: str, gradient: Tensor) -> None:
+        if self.received.get(name) and not _finite(gradient):
+            self.found.append(f"the backward pass of {name}")
 
-
-def _gradient_hook(name: str, found: list[str]) -> Any:
-    def hook(parameter: Tensor) -> None:
-        if not _finite(parameter.grad):
-            found.append(f"the gradient of {name}")
-
-    return hook
+    def gradient(self, name: str, gradient: Tensor) -> None:
+        if self.received.get(name.rpartition(".")[0]) and not _finite(gradient):
+            self.found.append(f"the gradient of {name}")
 
 
 def _finite(value: Any) -> bool:

@@ -126,15 +126,16 @@ def flops_per_token(config: GPT2Config, length: int) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product here, the best of three: the yardstick of model-FLOP utilisation,
     since no table knows every device. Draws no random numbers."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.full((n, n), 0.5, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):  # the first warms up
-        _wait_for(device)
-        start = time.perf_counter()
-        torch.mm(a, a)
-        _wait_for(device)
-        best = min(best, time.perf_counter() - start)
+    n, best = 128, 0.0
+    while n < 8192 and best < 0.005:  # as large as takes a moment: some dtypes are very slow on some devices
+        n, best = 2 * n, float("inf")
+        a = torch.full((n, n), 0.5, device=device, dtype=dtype)
+        for _ in range(3):
+            _wait_for(device)
+            start = time.perf_counter()
+            torch.mm(a, a)
+            _wait_for(device)
+            best = min(best, time.perf_counter() - start)
     return 2.0 * n**3 / best
 
 

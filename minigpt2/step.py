@@ -65,8 +65,9 @@ def culprit(
     precision: str,
     scaler: torch.amp.GradScaler,
 ) -> str:
-    """Run a bad step again, look at every tensor, and say which module made the first that is not finite. Adds to the
-    gradients, and draws the random numbers of the step."""
+    """Run a bad step again, look at every tensor, and say which module made the first that is not finite. Leaves the
+    gradients of that, and draws the random numbers of the step."""
+    model.zero_grad()
     with first_nonfinite(model) as found:
         accumulate_gradients(network, micro_batches, processes, precision, scaler)
     for rank, names in enumerate(processes.gather(found[:1])):
