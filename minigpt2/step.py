@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from minigpt2.guards import first_nonfinite
 from minigpt2.model import GPT2
@@ -92,6 +93,8 @@ def mean_loss(network: nn.Module, batches: Iterable[Batch], processes: Processes
         with autocast(device, precision):
             loss = network(x, y)
         sums += torch.tensor([loss.item(), (y != -100).sum().item()])
+    if isinstance(network, FSDPModule):
+        network.reshard()  # a forward pass leaves the outermost group whole, for the backward pass that did not come
     network.train()
     loss_sum, count = processes.sum(sums).tolist()
     return loss_sum / count
