@@ -17,10 +17,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from minigpt2 import snapshot
 from minigpt2.config import GPT2Config
 from minigpt2.data import Batches, Corpus, DataError, in_order, open_corpus
-from minigpt2.files import written_whole
+from minigpt2.files import removed_on_error, written_whole
 from minigpt2.guards import NonFiniteError, stop_on_signals
 from minigpt2.metrics import Metrics, flops_per_token, matmul_rate, peak_memory, plot_losses
 from minigpt2.model import GPT2
@@ -149,8 +148,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     """The model to train, in training mode on its device."""
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.dropout)
-    dials: dict[str, Any] = {"checkpoint_every": config.checkpoint_every, "recompute": config.recompute}
-    dials["attention"] = config.attention
+    dials: dict[str, Any] = {name: getattr(config, name) for name in ("checkpoint_every", "recompute", "attention")}
     if config.init is not None:
         model = GPT2.from_pretrained(config.init, **dials, **dropout)
     else:
@@ -179,8 +177,7 @@ class Trainer(RunState):
         self.network = distribute(model, config.parallel, processes)
         optimizer = make_optimizer(model, config)
         scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
-        shared = {"rank": processes.rank, "world": processes.world}
-        batches = Batches(corpus.train, config.batch, config.length, config.seed, **shared)
+        batches = Batches(corpus.train, config.batch, config.length, config.seed, processes.rank, processes.world)
         super().__init__(model, optimizer, scaler, batches, processes, config.to_json())
 
     def advance(self) -> dict[str, Any]:
@@ -223,9 +220,8 @@ class Trainer(RunState):
 
     def validate(self) -> float:
         """Mean loss over the same validation windows each time. Draws no random numbers."""
-        config = self.config
-        batches = in_order(self.validation, config.batch, config.length, config.eval_batches)
-        self.val_loss = mean_loss(self.network, batches, self.processes, config.precision)
+        batches = in_order(self.validation, self.config.batch, self.config.length, self.config.eval_batches)
+        self.val_loss = mean_loss(self.network, batches, self.processes, self.config.precision)
         return self.val_loss
 
     def say(self, message: str) -> None:
@@ -315,8 +311,7 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
         raise ValueError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")
     torch.manual_seed(config.seed)
     model = make_model(config, processes.device)
-    new = not out.exists()
-    try:
+    with removed_on_error(out) if processes.main else nullcontext():
         if processes.main:
             open_corpus(config.data, out / "tokens", progress=True)
         processes.wait()
@@ -324,10 +319,6 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
         if len(corpus.validation) <= config.length:
             raise DataError(f"{len(corpus.validation)} validation tokens are too few for one window of {config.length}")
         trainer = Trainer(config, model, corpus, processes)
-    except (ValueError, OSError):
-        if new and processes.main:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
     if processes.rank:  # process 0 goes on with the state that made the weights, as a single process does
         torch.manual_seed(seed_of(config.seed, 0, processes.rank))
     if config.resume:
@@ -365,12 +356,30 @@ def finish(trainer: Trainer, out: Path) -> None:
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
     print(f"the loss curve is {plot_losses(out)}")
     if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
-        device = model.wte.weight.device
-        generator = torch.Generator(device).manual_seed(trainer.config.seed)
+        start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
+        generator = torch.Generator(start.device).manual_seed(trainer.config.seed)
         n_tokens = min(120, model.config.n_positions - 1)
-        start = torch.tensor([[END_OF_TEXT]], device=device)
         ids = model.eval().generate(start, n_tokens, temperature=0.8, top_k=50, generator=generator)
         print("a sample of its text:\n" + get_tokenizer().decode(ids[0, 1:].tolist()))
+
+
+def run(config: TrainConfig, processes: Processes) -> int:
+    """One run, or the rest of one; returns the exit status."""
+    try:
+        trainer, out = set_up(config, processes)
+    except (ValueError, OSError) as error:  # everything the user can mend
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    try:
+        status = train(trainer, out)
+        if status == 0:
+            finish(trainer, out)
+        return status
+    except (NonFiniteError, snapshot.SnapshotError, OSError) as error:  # any other is a bug and shows its trace
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
 
 
 def main() -> int:
@@ -379,20 +388,10 @@ def main() -> int:
             config = read_settings()
             config.check()
             processes = stack.enter_context(started(config.device))
-            trainer, out = set_up(config, processes)
-        except (ValueError, OSError) as error:  # everything the user can mend
+        except (ValueError, OSError) as error:
             print(f"train.py: {error}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            return 130
-        try:
-            status = train(trainer, out)
-            if status == 0:
-                finish(trainer, out)
-            return status
-        except (NonFiniteError, snapshot.SnapshotError, OSError) as error:  # any other is a bug and shows its trace
-            print(f"train.py: {error}", file=sys.stderr)
-            return 1
+        return processes.ended(run(config, processes))
 
 
 if __name__ == "__main__":

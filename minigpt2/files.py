@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush", "sha256_of", "written_whole"]
+__all__ = ["flush", "removed_on_error", "sha256_of", "written_whole"]
 
 
 @contextmanager
@@ -33,6 +34,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """If the block raises an Exception, remove `folder`, unless it was there before."""
+    existed = folder.exists()
+    try:
+        yield
+    except Exception:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def flush(path: Path) -> None:

@@ -5,8 +5,11 @@ The processes share each micro-batch evenly, so a run means the same on any numb
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -66,6 +69,15 @@ class Processes:
         dist.all_gather(all_of_them, padded)
         return [json.loads(t.numpy().tobytes()) for t in all_of_them]
 
+    def ended(self, status: int) -> int:
+        """Return the exit status; but if it is not 0, one of many processes ends here: an orderly end may wait for the
+        others, which may be waiting for this one, and learn of its end by torchrun, which ends them."""
+        if status and self.torchrun:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
     def wait(self) -> None:
         """Return when every process is here."""
         self.highest(0)
@@ -88,8 +100,13 @@ def started(device: str) -> Iterator[Processes]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world, picked, torchrun=True)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        Processes(torchrun=True).ended(1)
+    # DDP keeps the process group, whose destructor waits for threads that may wait for Python's lock: it must not be
+    # the last to let go of it, as it does so with the lock held.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def pick_device(name: str) -> torch.device:
