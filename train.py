@@ -30,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minigpt2 import snapshot
+from minigpt2.attention import resolve_backend
 from minigpt2.config import GPT2Config
 from minigpt2.data import Batches, Corpus, DataError, in_order, open_corpus
 from minigpt2.files import removed_on_error, written_whole
@@ -89,7 +90,7 @@ class TrainConfig:
     recompute: str = "block"
     """What a recomputed block keeps: block, keep-attention or pointwise."""
     attention: str = "auto"
-    """Attention backend: auto, eager or sdpa."""
+    """Attention backend: auto, eager, sdpa or fused."""
     eval_every: int = 50
     """Steps between validations; there is one before the first step and one after the last in any case."""
     eval_batches: int = 8
@@ -131,9 +132,8 @@ class TrainConfig:
 
 # Settings that may change when a run is resumed, since they are about its surroundings or, like recomputation, about
 # how its numbers are computed and not which. All others must be what they were.
-DIALS = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard", "device", "parallel"}
-DIALS |= {"checkpoint_every", "recompute", "attention"}
-
+DIALS = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard"}
+DIALS |= {"device", "parallel", "checkpoint_every", "recompute"}
 SETTINGS = "train_config.json"
 
 
@@ -158,6 +158,7 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
         model = GPT2(shape, **dials)
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
+    resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
 
@@ -367,7 +368,7 @@ def run(config: TrainConfig, processes: Processes) -> int:
     """One run, or the rest of one; returns the exit status."""
     try:
         trainer, out = set_up(config, processes)
-    except (ValueError, OSError) as error:  # everything the user can mend
+    except (ValueError, OSError, RuntimeError) as error:  # everything the user can mend
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The command line: `minigpt2 generate | eval | prepare | plan | download | info`. Each verb calls one function."""
+"""The command line: `minigpt2 VERB`, where each verb calls one function."""
 
 from __future__ import annotations
 
@@ -175,6 +175,79 @@ def plan(
         memory.fastest_that_fits(found, limit, baseline)  # raises, and says what the least is
 
 
+def bench_attention(
+    batch: int | None = None, length: int | None = None, dtype: str = "float32", repeats: int = 7
+) -> None:
+    """Time the fused attention kernel against sdpa and a matrix product.
+
+    Args:
+        batch: Sequences; with --length, one shape of your own instead of the usual three.
+        length: Tokens in a sequence.
+        dtype: float32 or bfloat16.
+        repeats: Rounds, each of which times everything once.
+    """
+    import torch
+
+    from minigpt2.bench.attention import SHAPES, bench_attention
+
+    if (batch is None) != (length is None):
+        raise ValueError("--batch and --length come together")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+    shapes = SHAPES if batch is None or length is None else ((batch, length),)
+    bench_attention(shapes, dtype=getattr(torch, dtype), repeats=repeats)
+
+
+def bench_memory(
+    model: str = "gpt2",
+    batch: int = 4,
+    length: int = 1024,
+    dropout: float = 0.1,
+    every: tuple[int, ...] | None = None,
+    recompute: tuple[str, ...] = ("pointwise", "keep-attention", "block"),
+    steps: int = 3,
+    rounds: int = 1,
+    compare: bool = True,
+    out: Path | None = None,
+) -> None:
+    """Measure memory and time of training at every notch of the dials, each in its own process.
+
+    Args:
+        model: An official name.
+        batch: Sequences in a batch.
+        length: Tokens in a sequence.
+        dropout: All three dropouts.
+        every: Values of checkpoint_every to measure; all of them by default.
+        recompute: Values of recompute to measure.
+        steps: Steps in a process, of which the first is warm-up.
+        rounds: How often everything is measured, in turn.
+        compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
+        out: Write OUT.csv and OUT.png too.
+    """
+    from minigpt2.bench.memory import bench_memory
+
+    bench_memory(
+        model,
+        batch=batch,
+        length=length,
+        dropout=dropout,
+        every=every,
+        recompute=recompute,
+        steps=steps,
+        rounds=rounds,
+        compare=compare,
+        out=out,
+    )
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {"attention": bench_attention, "memory": bench_memory}
+
+
+def bench() -> None:
+    """Measure this machine: minigpt2 bench attention | memory."""
+    tyro.extras.subcommand_cli_from_dict(BENCHMARKS, prog="minigpt2 bench", args=sys.argv[2:])
+
+
 def info() -> None:
     """Print versions, device, and which attention backend is used and why."""
     from importlib.metadata import version
@@ -202,20 +275,17 @@ def _check_device(device: str) -> None:
 
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake."""
-    verbs: dict[str, Callable[..., None]] = {
-        "generate": generate,
-        "eval": evaluate,
-        "prepare": prepare,
-        "plan": plan,
-        "download": download,
-        "info": info,
-    }
+    verbs: dict[str, Callable[..., None]] = {"generate": generate, "eval": evaluate, "prepare": prepare}
+    verbs |= {"plan": plan, "bench": bench, "download": download, "info": info}
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"minigpt2: {message}", file=sys.stderr)
-            tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
+            if sys.argv[1:2] == ["bench"]:  # it has verbs of its own
+                bench()
+            else:
+                tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
         return 141

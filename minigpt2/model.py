@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt2.attention import attention, causal_mask, masked_attention, resolve_backend, split_heads
+from minigpt2.attention import attention, causal_mask, check_backend, masked_attention, split_heads
 from minigpt2.config import GPT2Config
 from minigpt2.dropout import dropout_add
 from minigpt2.loss import linear_cross_entropy
@@ -178,7 +178,7 @@ class GPT2(nn.Module):
         self, config: GPT2Config, *, checkpoint_every: int = 0, recompute: str = "block", attention: str = "auto"
     ) -> None:
         super().__init__()
-        resolve_backend(attention)
+        check_backend(attention)
         self.config = config
         self.wte = _embedding(config.vocab_size, config.n_embd)  # also the output head: the two are tied
         self.wpe = _embedding(config.n_positions, config.n_embd)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hugging_face import random_hf
 from transformers import GPT2Config as HFConfig
-from transformers import GPT2LMHeadModel
 
 from minigpt2 import GPT2, GPT2Config
 
@@ -38,19 +38,6 @@ def tiny_config() -> GPT2Config:
     return GPT2Config(
         vocab_size=503, n_positions=64, n_embd=64, n_layer=3, n_head=4, bos_token_id=502, eos_token_id=502
     )
-
-
-def random_hf(config: HFConfig, seed: int = 0) -> GPT2LMHeadModel:
-    """A Hugging Face model in which every parameter counts: no bias is 0, no LayerNorm the identity."""
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or ".ln_" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            else:
-                parameter.mul_(3.0)  # away from the flat logits of a fresh model
-    return model.eval()
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.breaks, self.starts = files, set(), []
+        # Those of the first contents: what is spoiled on its way has the tag of what it should be.
+        self.etags = {name: f'"{hashlib.sha256(contents).hexdigest()}"' for name, contents in files.items()}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -66,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {first}-{len(contents) - 1}/{len(contents)}")
         self.send_header("X-Repo-Commit", REVISION)
-        self.send_header("ETag", f'"{hashlib.sha256(contents).hexdigest()}"')
+        self.send_header("ETag", self.server.etags[name])
         self.send_header("X-Linked-Size", str(len(contents)))
         self.send_header("Content-Length", str(len(contents) - first))
         self.end_headers()

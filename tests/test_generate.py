@@ -162,19 +162,26 @@ def test_a_temperature_near_zero_is_nearly_greedy(temperature):
     assert p.tolist() == [[0.0, 1.0, 0.0]]
 
 
-def test_a_row_that_ended_is_filled_up_and_the_batch_ends_with_its_last_row(model, prompt):
-    free = model.generate(prompt, 40, temperature=0)
+def sampled(model, prompt, **arguments):
+    return model.generate(prompt, 40, generator=torch.Generator().manual_seed(1), **arguments)
+
+
+def test_a_row_that_ended_is_filled_up_while_another_goes_on(model, prompt):
+    free = sampled(model, prompt)
     eos = free[0, 14].item()
-    out = model.generate(prompt, 40, temperature=0, eos_token_id=eos)
-    ends = []
-    for row, unhindered in zip(out[:, 10:].tolist(), free[:, 10:].tolist(), strict=True):
-        end = unhindered.index(eos) if eos in unhindered else len(row)
-        ends.append(end)
-        assert row[: end + 1] == unhindered[: end + 1]
-        assert set(row[end + 1 :]) <= {eos}
-    assert out.size(1) == 10 + min(40, max(ends) + 1)
-    alone = model.generate(prompt[:1], 40, temperature=0, eos_token_id=eos)
-    assert alone[0].tolist() == free[0, : 10 + free[0, 10:].tolist().index(eos) + 1].tolist()
+    assert eos not in free[1, 10:]
+    out = sampled(model, prompt, eos_token_id=eos)
+    end = free[0].tolist().index(eos, 10)
+    assert torch.equal(out[0, : end + 1], free[0, : end + 1])
+    assert set(free[0, end + 1 :].tolist()) != {eos} == set(out[0, end + 1 :].tolist())
+    assert torch.equal(out[1], free[1])
+
+
+def test_generation_ends_when_every_row_has(model, prompt):
+    free = sampled(model, prompt[:1])
+    eos = free[0, 14].item()
+    end = free[0].tolist().index(eos, 10)
+    assert torch.equal(sampled(model, prompt[:1], eos_token_id=eos), free[:, : end + 1])
 
 
 @pytest.mark.parametrize(

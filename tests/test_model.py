@@ -143,7 +143,7 @@ def test_projections_that_do_not_fit(shape: tuple[int, ...]) -> None:
         attention(torch.zeros(shape), 4)
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
 def test_dropout_out_of_range(p: float) -> None:
     with pytest.raises(ValueError, match="dropout_p"):
         attention(torch.zeros(1, 4, 48), 2, dropout_p=p)

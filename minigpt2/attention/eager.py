@@ -21,3 +21,16 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: fl
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, S)
     probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return F.dropout(probabilities, dropout_p, training=True) @ v
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3C) -> three views (B, H, T, D)."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+    return q, k, v
+
+
+def merge_heads(y: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, C)."""
+    B, H, T, D = y.shape
+    return y.transpose(1, 2).reshape(B, T, H * D)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_hf
+from hugging_face import random_hf
 from torch import Tensor
 
 from minigpt2 import GPT2, GPT2Config, KVCache

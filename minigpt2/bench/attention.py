@@ -1,0 +1,176 @@
+"""How fast the fused attention kernel is, against scaled_dot_product_attention and against a matrix product.
+
+Every round times everything once, one after the other in one process, from the same packed tensor, so that what slows
+the machine slows all of them; the figures are medians over rounds, and a ratio is taken within its round. Each call
+allocates its own output and gradient, for both. A forward pass is 2 matrix products and a backward pass 5 (one of them
+rebuilds the scores), each 2 * T^2 * D operations a head; half of that is counted, because half of the pairs are masked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from minigpt2.attention import attention
+from minigpt2.attention.fused import decode
+from minigpt2.bench.header import header
+
+SHAPES = ((8, 256), (4, 1024), (1, 4096))  # (B, T)
+DECODE_SHAPES = ((1, 64), (1, 256), (1, 1024), (8, 64), (8, 256), (8, 1024))
+PEER = "sdpa"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One pass of one shape. Rates in GFLOP/s; ratio is sdpa's time over ours, with its least and largest value."""
+
+    B: int
+    T: int
+    dropout_p: float
+    backward: bool
+    rate: float
+    ratio: float
+    ratio_range: tuple[float, float]
+    share_of_mm: float
+    price_of_dropout: float  # time over the time with the first dropout_p, minus 1
+
+
+def bench_attention(
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    *,
+    n_head: int = 12,
+    head_dim: int = 64,
+    dropouts: Sequence[float] = (0.0, 0.1),
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 7,
+    least_seconds: float = 0.1,
+    decode_shapes: Sequence[tuple[int, int]] = DECODE_SHAPES,
+) -> list[Measurement]:
+    """Print the table for shapes (B, T), then that of generation, and return the rows of the first.
+
+    A measurement repeats its call for at least `least_seconds`.
+    """
+    torch.manual_seed(0)
+    print(header("attention"))
+    print(f"{dtype}, H = {n_head}, D = {head_dim}; medians of {repeats} rounds")
+    print(
+        f"{'shape':>10} {'p':>4} {'pass':>8} {'GFLOP/s':>8} {'x sdpa':>7} {'(range)':>14} {'of mm':>6} {'dropout':>8}"
+    )
+    rows = []
+    for B, T in shapes:
+        for row in _bench_shape(B, T, n_head, head_dim, dropouts, dtype, repeats, least_seconds):
+            low, high = row.ratio_range
+            print(
+                f"{f'B{B} T{T}':>10} {row.dropout_p:>4} {'fwd+bwd' if row.backward else 'fwd':>8} {row.rate:>8.0f}"
+                f" {row.ratio:>7.2f} {f'({low:.2f}-{high:.2f})':>14} {row.share_of_mm:>6.2f}"
+                f" {row.price_of_dropout:>+8.1%}",
+                flush=True,
+            )
+            rows.append(row)
+    if decode_shapes:
+        bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=dtype)
+    return rows
+
+
+def bench_decode(
+    shapes: Sequence[tuple[int, int]] = DECODE_SHAPES,
+    *,
+    n_head: int = 12,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 15,
+    least_seconds: float = 0.01,
+) -> list[float]:
+    """Prints and returns the ratio of sdpa's time to ours for one query over a cache of T."""
+    print(f"{'decode':>10} {'us':>8} {'x sdpa':>7} {'(range)':>14}")
+    ratios = []
+    for B, T in shapes:
+        k, v = torch.randn(2, B, n_head, max(1024, T), head_dim).to(dtype)[:, :, :, :T]
+        q = torch.randn(B, n_head, 1, head_dim).to(dtype)
+        rounds = []
+        with torch.no_grad():
+            for _ in range(repeats):
+                ours = _seconds(functools.partial(decode, q, k, v), least_seconds)
+                peer = _seconds(
+                    functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v), least_seconds
+                )
+                rounds.append((ours, peer / ours))
+        times, found = zip(*rounds, strict=True)
+        ratios.append(statistics.median(found))
+        print(
+            f"{f'B{B} T{T}':>10} {statistics.median(times) * 1e6:>8.0f} {ratios[-1]:>7.2f}"
+            f" {f'({min(found):.2f}-{max(found):.2f})':>14}",
+            flush=True,
+        )
+    return ratios
+
+
+def _bench_shape(
+    B: int,
+    T: int,
+    n_head: int,
+    head_dim: int,
+    dropouts: Sequence[float],
+    dtype: torch.dtype,
+    repeats: int,
+    least_seconds: float,
+) -> list[Measurement]:
+    qkv = torch.randn(B, T, 3 * n_head * head_dim).to(dtype).requires_grad_()
+    grad = torch.randn(B, T, n_head * head_dim).to(dtype)
+    a, b = torch.randn(2, 1024, 1024).to(dtype)
+    forward_flops = 2 * B * n_head * T * T * head_dim
+
+    def run(backend: str, p: float, backward: bool) -> None:
+        if backward:
+            qkv.grad = None
+            attention(qkv, n_head, dropout_p=p, backend=backend).backward(grad)
+        else:
+            with torch.no_grad():
+                attention(qkv, n_head, dropout_p=p, backend=backend)
+
+    cases = [(p, backward) for p in dropouts for backward in (False, True)]
+    mm_rates: list[float] = []
+    ours: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
+    peer: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
+    for _ in range(repeats):
+        mm_rates.append(2 * 1024**3 / _seconds(lambda: torch.mm(a, b), least_seconds))
+        for p, backward in cases:
+            ours[p, backward].append(_seconds(functools.partial(run, "fused", p, backward), least_seconds))
+            peer[p, backward].append(_seconds(functools.partial(run, PEER, p, backward), least_seconds))
+
+    rows = []
+    for p, backward in cases:
+        flops = forward_flops * 3.5 if backward else forward_flops
+        ratios = [y / x for x, y in zip(ours[p, backward], peer[p, backward], strict=True)]
+        shares = [flops / x / mm for x, mm in zip(ours[p, backward], mm_rates, strict=True)]
+        prices = [x / x0 - 1 for x, x0 in zip(ours[p, backward], ours[dropouts[0], backward], strict=True)]
+        rows.append(
+            Measurement(
+                B=B,
+                T=T,
+                dropout_p=p,
+                backward=backward,
+                rate=flops / statistics.median(ours[p, backward]) / 1e9,
+                ratio=statistics.median(ratios),
+                ratio_range=(min(ratios), max(ratios)),
+                share_of_mm=statistics.median(shares),
+                price_of_dropout=statistics.median(prices),
+            )
+        )
+    return rows
+
+
+def _seconds(call: Callable[[], object], least_seconds: float) -> float:
+    """Seconds a call, over as many calls as fill `least_seconds`."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        call()
+        calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= least_seconds:
+            return elapsed / calls

@@ -1,0 +1,139 @@
+"""The dial, measured: peak memory and time of training steps at each notch, beside transformers and the prediction."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from minigpt2.bench.header import header
+from minigpt2.bench.worker import Job, Result, measure
+from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+from minigpt2.memory import footprint
+
+__all__ = ["bench_memory"]
+
+
+class Setting(NamedTuple):
+    library: str
+    checkpoint_every: int
+    recompute: str
+
+    @property
+    def name(self) -> str:
+        if self.library == "transformers":
+            return "transformers" + (", gradient checkpointing" if self.checkpoint_every else "")
+        if self == Setting("minigpt2", 0, "block"):
+            return "no recomputation"
+        return ", ".join(
+            part
+            for part in (
+                f"checkpoint_every={self.checkpoint_every}" if self.checkpoint_every else "",
+                f'"{self.recompute}"' if self.recompute != "block" else "",
+            )
+            if part
+        )
+
+
+def settings(n_layer: int, every: Iterable[int] | None, recompute: Iterable[str], compare: bool) -> list[Setting]:
+    """What is measured: no recomputation first, then the notches, then transformers where it is installed."""
+    ks = range(1, n_layer) if every is None else every
+    found = [Setting("minigpt2", 0, "block")]
+    for mode in recompute:
+        found += [Setting("minigpt2", 0, mode)] * (mode == "pointwise")
+        found += [Setting("minigpt2", k, mode) for k in ks]
+    if compare:
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            print("transformers is not installed, so there is no comparison: pip install transformers")
+        else:
+            found += [Setting("transformers", k, "block") for k in (0, 1)]
+    return found
+
+
+def bench_memory(
+    model: str = "gpt2",
+    *,
+    batch: int = 4,
+    length: int = 1024,
+    dropout: float = 0.1,
+    every: tuple[int, ...] | None = None,
+    recompute: tuple[str, ...] = ("pointwise", "keep-attention", "block"),
+    steps: int = 3,
+    rounds: int = 1,
+    compare: bool = True,
+    config: dict[str, int] | None = None,
+    out: Path | None = None,
+) -> list[tuple[Setting, Result]]:
+    """Measure training processes (float32, AdamW) at each setting, `rounds` times in turn, each in its own process.
+
+    Prints peak resident memory in GiB, the prediction's error, and the time of a step over that without recomputation
+    (the median over all steps but each process's first, and its range). With `out`, also writes OUT.csv and OUT.png.
+    `config` gives another shape than the official `model`.
+    """
+    if model not in OFFICIAL_SIZES:
+        raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")
+    shape: dict[str, int] = config or dict(OFFICIAL_SIZES[model])
+    chosen = settings(GPT2Config().replace(**shape).n_layer, every, recompute, compare)
+    print(header("memory"))
+    print(f"{model}, batch {batch} x {length}, dropout {dropout}, float32, AdamW, {steps} steps a process")
+    results: dict[Setting, list[Result]] = {setting: [] for setting in chosen}
+    for _ in range(rounds):
+        for setting in chosen:
+            job = Job(setting.library, shape, batch, length, dropout, setting.checkpoint_every, setting.recompute)
+            results[setting].append(measure(Job(**(job.__dict__ | {"steps": steps}))))
+            print(f"  measured: {setting.name}", flush=True)
+    rows = [_row(setting, results, GPT2Config().replace(**shape), batch, length) for setting in chosen]
+    print(f"{'':<42} {'peak GiB':>8} {'predicted':>9}  {'time, x no recomputation':<24}")
+    for row in rows:
+        predicted = f"{row['error']:+.1%}" if row["error"] != "" else ""
+        spread = f"{row['time']:.2f} [{row['time_low']:.2f}, {row['time_high']:.2f}]"
+        print(f"{row['setting']:<42} {row['peak_gib']:>8.2f} {predicted:>9}  {spread:<24}")
+    if out is not None:
+        _write(rows, out)
+    return [(setting, found[-1]) for setting, found in results.items()]
+
+
+def _row(
+    setting: Setting, results: dict[Setting, list[Result]], config: GPT2Config, batch: int, length: int
+) -> dict[str, float | str]:
+    base = statistics.median(s for r in results[Setting("minigpt2", 0, "block")] for s in r.seconds)
+    seconds = [s for r in results[setting] for s in r.seconds]
+    measured = statistics.median(r.peak - r.baseline for r in results[setting])
+    error: float | str = ""
+    if setting.library == "minigpt2":
+        dials = {"checkpoint_every": setting.checkpoint_every, "recompute": setting.recompute}
+        error = footprint(config, batch, length, **dials).peak / measured - 1  # type: ignore[arg-type]
+    return {
+        "setting": setting.name,
+        "peak_gib": statistics.median(r.peak for r in results[setting]) / 2**30,
+        "error": error,
+        "time": statistics.median(seconds) / base,
+        "time_low": min(seconds) / base,
+        "time_high": max(seconds) / base,
+    }
+
+
+def _write(rows: list[dict[str, float | str]], out: Path) -> None:
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(f"{out.with_suffix('.png')} needs matplotlib: pip install 'minigpt2[plot]'") from None
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        x, y = float(row["peak_gib"]), float(row["time"])
+        theirs = str(row["setting"]).startswith("transformers")
+        axes.plot(x, y, "s" if theirs else "o", color="tab:red" if theirs else "tab:blue")
+        axes.annotate(str(row["setting"]), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="peak resident memory of the training process (GiB)", ylabel="time of a step, no recomputation = 1")
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(out.with_suffix(".png"), dpi=150)

@@ -1,0 +1,126 @@
+"""A training process to be measured: a few steps of minigpt2, or of transformers' GPT-2, in a process of their own.
+
+`measure` starts it; the process prints its times and its peak memory as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Job", "Result", "measure", "peak_resident_bytes"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run."""
+
+    library: str = "minigpt2"
+    """minigpt2 or transformers."""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of GPT2Config; the 124M model by default."""
+    batch: int = 4
+    length: int = 1024
+    dropout: float = 0.1
+    """All three dropouts."""
+    checkpoint_every: int = 0
+    """For transformers: 0 is off, anything else its gradient checkpointing."""
+    recompute: str = "block"
+    attention: str = "auto"
+    """Backend; transformers always runs its sdpa attention."""
+    steps: int = 3
+    """Steps in all; the first is warm-up."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's own choice."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured, in bytes of resident memory and in seconds for each step after the first."""
+
+    baseline: int
+    """Held by the interpreter with torch and the library imported."""
+    peak: int
+    """The most held by the process."""
+    forward: list[float]
+    backward: list[float]
+    optimizer: list[float]
+    loss: float
+    """Of the last step."""
+
+    @property
+    def seconds(self) -> list[float]:
+        """Whole steps."""
+        return [sum(parts) for parts in zip(self.forward, self.backward, self.optimizer, strict=True)]
+
+
+def measure(job: Job) -> Result:
+    """Run `job` in a process of its own; RuntimeError, with what it said, if it fails."""
+    command = [sys.executable, "-m", "minigpt2.bench.worker", json.dumps(dataclasses.asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{job} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _run(job: Job) -> Result:
+    import torch
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), job.dropout)
+    model: Any
+    if job.library == "transformers":
+        import transformers
+
+        baseline = peak_resident_bytes()
+        settings = job.config | dropout | {"attn_implementation": "sdpa", "use_cache": False}
+        hf_config = transformers.GPT2Config(**settings)
+        model = transformers.GPT2LMHeadModel(hf_config).train()
+        if job.checkpoint_every:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        vocab = hf_config.vocab_size
+    else:
+        from minigpt2.config import GPT2Config
+        from minigpt2.model import GPT2
+
+        baseline = peak_resident_bytes()
+        config = GPT2Config(**(job.config | dropout))
+        dials: dict[str, Any] = {"checkpoint_every": job.checkpoint_every, "recompute": job.recompute}
+        model = GPT2(config, attention=job.attention, **dials)
+        vocab = config.vocab_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(vocab, (job.batch, job.length + 1))
+    times: list[list[float]] = []
+    for _ in range(job.steps):
+        marks = [time.perf_counter()]
+        if job.library == "transformers":
+            loss = model(ids[:, :-1], labels=ids[:, :-1]).loss
+        else:
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        times.append([b - a for a, b in itertools.pairwise(marks)])
+    forward, backward, step = (list(column) for column in zip(*(times[1:] or times), strict=True))
+    return Result(baseline, peak_resident_bytes(), forward, backward, step, loss.item())
+
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(_run(Job(**json.loads(sys.argv[1]))))))

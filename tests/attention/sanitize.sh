@@ -1,0 +1,16 @@
+#!/bin/sh
+# Runs the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer. Needs g++ with both.
+#     tests/attention/sanitize.sh [pytest arguments]
+set -eu
+cd "$(dirname "$0")/../.."
+cache=$(mktemp -d)
+trap 'rm -rf "$cache"' EXIT
+export TORCH_EXTENSIONS_DIR="$cache"
+export CXX="g++ -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0  # Python itself keeps what it allocates
+export UBSAN_OPTIONS=print_stacktrace=1
+# Left out: torch.compile, whose own compiler runs would be sanitized too, and the tests of building and of memory use.
+PYTHONPATH=. "${PYTHON:-python}" -m pytest -q -p no:cacheprovider \
+    tests/attention/test_fused_accuracy.py tests/attention/test_fused_dropout.py tests/attention/test_fused_op.py \
+    -k "not compile" "$@"
