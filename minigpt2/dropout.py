@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt2.attention import build
+from minigpt2 import build
 from minigpt2.attention.fused import DTYPES, unavailable
 
 __all__ = ["dropout_add"]

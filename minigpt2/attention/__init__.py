@@ -105,11 +105,17 @@ def masked_attention(
     if chosen == "eager":
         visible = causal_mask(1, k.size(2), q.device) if mask is None else mask
         y = eager_attention(q, k, v, visible, dropout_p)
-    elif chosen == "fused" and mask is None and q.size(2) == 1 and not dropout_p and not torch.is_grad_enabled():
+    elif chosen == "fused" and _decodes(q, k, mask, dropout_p):
         y = decode(q, k, v)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     return merge_heads(y)
+
+
+def _decodes(q: Tensor, k: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
+    """Whether this is the case that fused.decode serves, and large enough that its work outweighs the call."""
+    plain = mask is None and q.size(2) == 1 and not dropout_p and not torch.is_grad_enabled()
+    return plain and k.size(0) * k.size(2) >= 128
 
 
 def attention_operations() -> list[Any]:

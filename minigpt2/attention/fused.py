@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import build
+from minigpt2 import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 MAX_HEAD_DIM = 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +71,7 @@ def bench_memory(
 ) -> list[tuple[Setting, Result]]:
     """Measure training processes (float32, AdamW) at each setting, `rounds` times in turn, each in its own process.
 
+    minigpt2 runs as train.py does, with tune_allocator(); transformers as installed, with its sdpa attention.
     Prints peak resident memory in GiB, the prediction's error, and the time of a step over that without recomputation
     (the median over all steps but each process's first, and its range). With `out`, also writes OUT.csv and OUT.png.
     `config` gives another shape than the official `model`.
@@ -84,7 +86,8 @@ def bench_memory(
     for _ in range(rounds):
         for setting in chosen:
             job = Job(setting.library, shape, batch, length, dropout, setting.checkpoint_every, setting.recompute)
-            results[setting].append(measure(Job(**(job.__dict__ | {"steps": steps}))))
+            ours = setting.library == "minigpt2"
+            results[setting].append(measure(dataclasses.replace(job, steps=steps, tuned=ours)))
             print(f"  measured: {setting.name}", flush=True)
     rows = [_row(setting, results, GPT2Config().replace(**shape), batch, length) for setting in chosen]
     print(f"{'':<42} {'peak GiB':>8} {'predicted':>9}  {'time, x no recomputation':<24}")

@@ -37,6 +37,8 @@ class Job:
     """Backend; transformers always runs its sdpa attention."""
     steps: int = 3
     """Steps in all; the first is warm-up."""
+    tuned: bool = False
+    """Recycle memory, as train.py does (tune_allocator)."""
     threads: int | None = None
     """CPU threads; None leaves torch's own choice."""
 
@@ -78,8 +80,12 @@ def peak_resident_bytes() -> int:
 def _run(job: Job) -> Result:
     import torch
 
+    from minigpt2.allocator import tune_allocator
+
     if job.threads is not None:
         torch.set_num_threads(job.threads)
+    if job.tuned:
+        tune_allocator()
     torch.manual_seed(0)
     dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), job.dropout)
     model: Any

@@ -1,4 +1,4 @@
-"""Compiles cpu.cpp for this machine's processor at first use and loads it.
+"""Compiles this package's C++ for this machine's processor at first use and loads it.
 
 The library is cached; its name is a hash of everything that decides its content. Compiling takes a few seconds, needs
 a C++20 compiler and neither ninja nor setuptools: `torch.utils.cpp_extension` supplies the compiler's name and the
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+KERNEL = Path(__file__).parent / "attention" / "cpu.cpp"
+ALLOCATOR = Path(__file__).with_name("allocator.cpp")
 
 
 class Unavailable(Exception):
@@ -29,12 +30,19 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def kernel() -> ctypes.CDLL | str:
-    """The compiled kernel, or the reason why there is none. Builds it if this is the first use on this machine."""
+def library(source: Path) -> ctypes.CDLL | str:
+    """The library compiled from `source`, or the reason why there is none. The first use on a machine compiles it."""
     try:
-        return _load(_built())
+        return _load(_built(source))
     except Unavailable as error:
         return str(error)
+
+
+@functools.cache
+def kernel() -> ctypes.CDLL | str:
+    """The attention kernel with its functions declared, or the reason why there is none."""
+    found = library(KERNEL)
+    return found if isinstance(found, str) else _declared(found)
 
 
 def cache_directory() -> Path:
@@ -49,15 +57,15 @@ def _compiler() -> list[str]:
     return shlex.split(cpp_extension.get_cxx_compiler()) or ["c++"]
 
 
-def _command(target: Path) -> list[str]:
+def _command(source: Path, target: Path) -> list[str]:
     from torch.utils import cpp_extension
 
     # -march=native does not exist on every compiler for ARM; -mcpu=native means the same there.
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [*_compiler(), "-std=c++20", "-O3", native, "-fPIC", "-shared", str(SOURCE), "-o", str(target)]
+    command = [*_compiler(), "-std=c++20", "-O3", native, "-fPIC", "-shared", str(source), "-o", str(target)]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
-    # libtorch_cpu is loaded already; linking to it by name shares its one thread pool.
-    return command + [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu"]
+    # They are loaded already; linking to them by name shares the one thread pool and the one allocator.
+    return command + [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
 
 
 def _processor() -> str:
@@ -80,24 +88,24 @@ def _compiler_version() -> str:
     return found.stdout
 
 
-def _built() -> Path:
+def _built(source: Path) -> Path:
     if sys.platform == "win32":
-        raise Unavailable("the CPU kernel is built on Linux and macOS only")
+        raise Unavailable("it is built on Linux and macOS only")
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
-        raise Unavailable(f"the CPU kernel needs torch 2.10 or newer, this is {torch.__version__}")
-    recipe = [SOURCE.read_text(), torch.__version__, _compiler_version(), *_command(Path()), _processor()]
+        raise Unavailable(f"it needs torch 2.10 or newer, this is {torch.__version__}")
+    recipe = [source.read_text(), torch.__version__, _compiler_version(), *_command(source, Path()), _processor()]
     name = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:20]
     directory = cache_directory()
-    library = directory / f"attention-{name}.so"
+    library = directory / f"{source.stem}-{name}.so"
     if library.exists():
         return library
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory / f"attention-{name}.lock"):
+        with _locked(directory / f"{source.stem}-{name}.lock"):
             if not library.exists():  # another process may have built it while this one waited
-                _compile(library)
+                _compile(source, library)
     except OSError as error:
-        raise Unavailable(f"cannot write the compiled kernel to {directory}: {error}") from None
+        raise Unavailable(f"cannot write what was compiled to {directory}: {error}") from None
     return library
 
 
@@ -111,10 +119,10 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(library: Path) -> None:
+def _compile(source: Path, library: Path) -> None:
     unfinished = library.with_suffix(".unfinished")  # ours alone: the lock is held
-    command = _command(unfinished)
-    what = f"compiling the attention kernel for this processor with {command[0]} (once)"
+    command = _command(source, unfinished)
+    what = f"compiling {source.name} for this processor with {command[0]} (once)"
     print(f"minigpt2: {what} ... ", end="", flush=True, file=sys.stderr)
     start = time.perf_counter()
     result = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -122,16 +130,19 @@ def _compile(library: Path) -> None:
         print("failed", file=sys.stderr, flush=True)
         unfinished.unlink(missing_ok=True)
         errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()[-1:]
-        raise Unavailable(f"{command[0]} could not compile {SOURCE.name}: {(errors or ['no message'])[0].strip()}")
+        raise Unavailable(f"{command[0]} could not compile {source.name}: {(errors or ['no message'])[0].strip()}")
     unfinished.replace(library)
     print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def _load(library: Path) -> ctypes.CDLL:
     try:
-        loaded = ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(library))
     except OSError as error:
-        raise Unavailable(f"the compiled kernel does not load: {error}") from None
+        raise Unavailable(f"the compiled {library.name} does not load: {error}") from None
+
+
+def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     integer, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
     sizes: list[Any] = [ctypes.c_int, *[integer] * 4]  # dtype, B, T, H, D
     strided: list[Any] = [pointer, integer, integer]

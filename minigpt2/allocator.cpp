@@ -1,0 +1,107 @@
+// A CPU allocator for PyTorch that keeps the memory of large tensors and packs it well.
+//
+// A training step allocates and frees gigabytes in an order that is nearly a stack's: the forward pass piles activations
+// up, the backward pass takes them down. The C library either returns large blocks to the system, so that every use pays
+// for the first touch of fresh pages, or keeps them in a heap that alignment and small neighbours break into holes. Here
+// large blocks lie in one range of addresses of their own. A request takes the lowest hole that holds it, a freed block
+// merges with the holes beside it, and nothing is given back: once touched, a page serves every later step.
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+namespace {
+
+constexpr size_t PAGE = 4096, LEAST = size_t{256} << 10;  // smaller requests are left to the C library
+
+class Arena final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = bytes < LEAST ? nullptr : take((bytes + PAGE - 1) / PAGE * PAGE);
+    if (!data && bytes) data = c10::alloc_cpu(bytes);
+    return {data, data, &give_back, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+  // Reserves addresses, not memory: as many as all tensors of the machine could need. False if the system refuses.
+  bool reserve() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (base) return true;
+    size = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) * 4 / PAGE * PAGE;
+    void* range = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED) return false;
+    base = static_cast<char*>(range);
+    holes[base] = size;
+    return true;
+  }
+
+ private:
+  std::mutex mutex;
+  char* base = nullptr;
+  size_t size = 0;
+  std::map<char*, size_t> holes;             // bytes by address
+  std::unordered_map<char*, size_t> in_use;  // the same
+
+  void* take(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto hole = holes.begin(); hole != holes.end(); ++hole) {
+      const auto [start, room] = *hole;
+      if (room < bytes) continue;
+      holes.erase(hole);
+      if (room > bytes) holes[start + bytes] = room - bytes;
+      in_use[start] = bytes;
+      return start;
+    }
+    return nullptr;
+  }
+
+  void release(char* start) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto block = in_use.find(start);
+    size_t bytes = block->second;
+    in_use.erase(block);
+    auto next = holes.lower_bound(start);
+    if (next != holes.end() && start + bytes == next->first) {
+      bytes += next->second;
+      next = holes.erase(next);
+    }
+    if (next != holes.begin()) {
+      if (auto before = std::prev(next); before->first + before->second == start) {
+        before->second += bytes;
+        return;
+      }
+    }
+    holes[start] = bytes;
+  }
+
+  static void give_back(void* data);
+};
+
+Arena arena;
+
+void Arena::give_back(void* data) {
+  char* start = static_cast<char*>(data);
+  if (start >= arena.base && start < arena.base + arena.size)
+    arena.release(start);
+  else
+    c10::free_cpu(data);
+}
+
+}  // namespace
+
+// From now on new CPU tensors of at least LEAST bytes lie in the arena. Older ones are freed as they were made.
+extern "C" int minigpt2_use_arena() {
+  if (!arena.reserve()) return 1;
+  c10::SetCPUAllocator(&arena, 1);
+  return 0;
+}
