@@ -2,6 +2,14 @@
 
 `python train.py` trains a small model for about two minutes on a 2-core machine, on the sources of Python's standard
 library, which are on every user's disk. `python train.py --help` lists the settings.
+
+A run folder holds the settings (train_config.json), the metrics of every step (metrics.jsonl, loss.png), snapshots of
+everything that decides the future of the run (snapshots/), the weights of the best validation (best/) and, at the end,
+the last ones. `python train.py --out FOLDER --resume` continues a run that stopped, whatever stopped it, as if it had
+not; `torchrun --nproc-per-node N train.py ...` runs it on N processes.
+
+Exit status: 0 done, 1 stopped by an error in the middle, 2 a mistake in the settings, 130 and 143 stopped by a signal
+with a snapshot taken.
 """
 
 from __future__ import annotations
@@ -9,22 +17,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import resource
 import sys
 import time
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
+from minigpt2 import snapshot
 from minigpt2.attention import resolve_backend
 from minigpt2.config import GPT2Config
-from minigpt2.data import Batches, DataError, Tokens, in_order, load_corpus
+from minigpt2.data import Batches, Corpus, DataError, in_order, open_corpus
+from minigpt2.files import removed_on_error, written_whole
+from minigpt2.guards import NonFiniteError, stop_on_signals
+from minigpt2.metrics import Metrics, flops_per_token, matmul_rate, peak_memory, plot_losses
 from minigpt2.model import GPT2
+from minigpt2.parallel import Processes, distribute, started
+from minigpt2.state import RunState, seed_of
+from minigpt2.step import DTYPES, accumulate_gradients, culprit, mean_loss, save_weights
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 
@@ -33,9 +48,17 @@ class TrainConfig:
     """Train a GPT-2 from scratch, or fine-tune one with --init."""
 
     data: Path | None = None
-    """UTF-8 text: a file, or a folder of files. Default: the Python standard library's own sources."""
+    """UTF-8 text: a file, or a folder of files; or token files from `minigpt2 prepare`. Default: the Python standard
+    library's own sources."""
     out: Path | None = None
-    """Run folder, which must not hold a run yet. Default: a new folder under runs/, named by the time."""
+    """Run folder, which must not hold a run yet, or hold one with --resume. Default: a new folder under runs/, named by
+    the time."""
+    resume: bool = False
+    """Continue the run in --out from its newest snapshot that is whole, with the settings that it had."""
+    snapshot_every: int = 100
+    """Steps between snapshots; there is one before the first step and one at the end. 0: only when a signal comes."""
+    keep: int = 2
+    """Snapshots to keep: the newest."""
     init: str | None = None
     """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder. Default: a fresh model."""
     n_layer: int = 6
@@ -47,11 +70,11 @@ class TrainConfig:
     dropout: float = 0.0
     """All three dropouts: embedding, residual, attention. OpenAI trained with 0.1."""
     batch: int = 8
-    """Sequences in a micro-batch."""
+    """Sequences in a micro-batch, shared evenly by the processes."""
     length: int = 256
     """Tokens in a sequence; also the context length of a fresh model."""
     accumulate: int = 1
-    """Micro-batches in a step."""
+    """Micro-batches in a step, which has the gradients of one batch n times as large."""
     max_steps: int = 150
     """Optimizer steps."""
     lr: float = 2e-3
@@ -64,6 +87,8 @@ class TrainConfig:
     """Clip the norm of the gradient to this; 0 is off."""
     checkpoint_every: int = 0
     """Recomputation: 0 is off; k = 1..n_layer keeps one activation every k blocks and recomputes n_layer - k."""
+    recompute: str = "block"
+    """What a recomputed block keeps: block, keep-attention or pointwise."""
     attention: str = "auto"
     """Attention backend: auto, eager, sdpa or fused."""
     eval_every: int = 50
@@ -74,21 +99,42 @@ class TrainConfig:
     """Decides initial weights, dropout and the order of the data."""
     device: str = "auto"
     """cpu, cuda, mps, or auto: the best there is."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What matrix products are computed in; weights, optimizer and sums stay float32. fp16 scales the loss."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """What torchrun's processes share: ddp, the work; fsdp, also weights, gradients and optimizer. Default: ddp."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about a loss or gradient that is not finite: stop, with a snapshot from before, or skip the step."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, in the run folder's tb/. Needs pip install 'minigpt2[tensorboard]'."""
 
     def check(self) -> None:
         """Raise ValueError with every setting that is out of range."""
         problems = []
         at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch", "length", "accumulate", "max_steps"), 1)
-        at_least |= dict.fromkeys(("eval_every", "eval_batches"), 1)
-        at_least |= dict.fromkeys(("warmup", "seed", "weight_decay", "clip", "lr"), 0)
+        at_least |= dict.fromkeys(("eval_every", "eval_batches", "keep"), 1)
+        at_least |= dict.fromkeys(("snapshot_every", "warmup", "seed", "weight_decay", "clip", "lr"), 0)
         for name, least in at_least.items():
             value = getattr(self, name)
             if not least <= value < math.inf:
                 problems.append(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
         if not 0 <= self.dropout < 1:
             problems.append(f"--dropout must be in [0, 1), got {self.dropout}")
+        if self.resume and self.out is None:
+            problems.append("--resume needs --out, the folder of the run to continue")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+# Settings that may change when a run is resumed, since they are about its surroundings or, like recomputation, about
+# how its numbers are computed and not which. All others must be what they were.
+DIALS = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard"}
+DIALS |= {"device", "parallel", "checkpoint_every", "recompute"}
+SETTINGS = "train_config.json"
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -102,7 +148,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     """The model to train, in training mode on its device."""
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.dropout)
-    dials: dict[str, Any] = {"checkpoint_every": config.checkpoint_every, "attention": config.attention}
+    dials: dict[str, Any] = {name: getattr(config, name) for name in ("checkpoint_every", "recompute", "attention")}
     if config.init is not None:
         model = GPT2.from_pretrained(config.init, **dials, **dropout)
     else:
@@ -112,7 +158,7 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
         model = GPT2(shape, **dials)
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
-    resolve_backend(config.attention, device.type, torch.float32, model.config.head_dim)  # raises if it cannot serve
+    resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
 
@@ -124,129 +170,229 @@ def make_optimizer(model: GPT2, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-@torch.no_grad()
-def evaluate(model: GPT2, tokens: Tokens, config: TrainConfig, device: torch.device) -> float:
-    """Mean loss over the same validation windows each time. Draws no random numbers."""
-    model.eval()
-    total, count = 0.0, 0
-    for input_ids, targets in in_order(tokens, config.batch, config.length, config.eval_batches):
-        total += model.loss(input_ids.to(device), targets.to(device)).item() * targets.numel()
-        count += targets.numel()
-    model.train()
-    return total / count
+class Trainer(RunState):
+    """The state of a run, and the step that moves it on."""
+
+    def __init__(self, config: TrainConfig, model: GPT2, corpus: Corpus, processes: Processes) -> None:
+        self.config, self.validation = config, corpus.validation
+        self.network = distribute(model, config.parallel, processes)
+        optimizer = make_optimizer(model, config)
+        scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
+        batches = Batches(corpus.train, config.batch, config.length, config.seed, processes.rank, processes.world)
+        super().__init__(model, optimizer, scaler, batches, processes, config.to_json())
+
+    def advance(self) -> dict[str, Any]:
+        """One optimizer step. Returns its row of metrics; raises NonFiniteError, with everything as before the step."""
+        lr = learning_rate(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        position, random_state = self.batches.position, snapshot.random_state(self.device)
+        micro_batches = []
+        for _ in range(self.config.accumulate):
+            input_ids, targets = next(self.batches)
+            micro_batches.append((input_ids.to(self.device), targets.to(self.device)))
+        step = (self.network, micro_batches, self.processes, self.config.precision, self.scaler)
+        loss, count = accumulate_gradients(*step)
+        self.scaler.unscale_(self.optimizer)
+        clip = self.config.clip or math.inf
+        norm = snapshot.whole(nn.utils.clip_grad_norm_(self.model.parameters(), clip)).item()
+
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        elif math.isfinite(loss) and self.scaler.get_scale() > 1:
+            self.say(f"step {self.step + 1}: a gradient overflowed in fp16; step skipped, loss scale halved")
+        else:
+            snapshot.set_random_state(random_state, self.device)
+            message = f"step {self.step + 1}: the loss is {loss}, the norm of the gradient {norm}; "
+            message += culprit(self.model, *step)
+            self.optimizer.zero_grad()
+            if self.config.on_nonfinite == "stop":
+                snapshot.set_random_state(random_state, self.device)
+                self.batches.position = position
+                raise NonFiniteError(message)
+            self.say(f"{message}; step skipped")
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens += count
+        row = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.tokens}
+        return row if finite else row | {"skipped": True}
+
+    def validate(self) -> float:
+        """Mean loss over the same validation windows each time. Draws no random numbers."""
+        batches = in_order(self.validation, self.config.batch, self.config.length, self.config.eval_batches)
+        self.val_loss = mean_loss(self.network, batches, self.processes, self.config.precision)
+        return self.val_loss
+
+    def say(self, message: str) -> None:
+        """Print beside the progress bar, once for all processes."""
+        if self.processes.main:
+            tqdm.write(message)
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most this process has held so far (resident), or that its tensors have held on a CUDA device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def train(model: GPT2, batches: Batches, validation: Tokens, config: TrainConfig, out: Path) -> None:
-    """The loop: draw a batch, loss and gradients, clip, step, log."""
-    device = model.wte.weight.device
-    optimizer = make_optimizer(model, config)
-    started = time.perf_counter()
-    val_loss = evaluate(model, validation, config, device)
-    tqdm.write(f"validation loss before training: {val_loss:.4f}")
-    first = {"val_loss_before": val_loss}
-    tokens = 0
-    with (out / "metrics.jsonl").open("w") as metrics, tqdm(total=config.max_steps, unit="step") as bar:
-        for step in range(config.max_steps):
-            lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = torch.zeros((), device=device)
-            for _ in range(config.accumulate):
-                input_ids, targets = (t.to(device) for t in next(batches))
-                micro = model.loss(input_ids, targets) / config.accumulate
-                micro.backward()
-                loss += micro.detach()
-                tokens += targets.numel()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            row: dict[str, float] = {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
-            row |= {"tokens": tokens, "seconds": time.perf_counter() - started} | first
+def train(trainer: Trainer, out: Path) -> int:
+    """The loop: step, validate, log, snapshot. Returns 0, or the exit status of the signal that ended it."""
+    config, processes, device = trainer.config, trainer.processes, trainer.device
+    flops = flops_per_token(trainer.model.config, config.length) / processes.world
+    flops_rate = matmul_rate(device, DTYPES[config.precision])
+    first = {}
+    if trainer.step == 0:
+        first["val_loss_before"] = trainer.best = trainer.validate()
+        trainer.say(f"validation loss before training: {trainer.val_loss:.4f}")
+        if config.snapshot_every:
+            trainer.save(out / "snapshots", config.keep)
+    with (
+        Metrics(out, trainer.step, tensorboard=config.tensorboard, writes=processes.main) as metrics,
+        tqdm(total=config.max_steps, initial=trainer.step, unit="step", disable=not processes.main) as bar,
+        stop_on_signals() as stop,
+    ):
+        while trainer.step < config.max_steps:
+            began, tokens = time.perf_counter(), trainer.tokens
+            try:
+                row = trainer.advance()
+            except NonFiniteError as error:
+                trainer.save(out / "snapshots", config.keep)
+                raise NonFiniteError(f"{error}; there is a snapshot from before, of step {trainer.step}") from None
+            speed = (trainer.tokens - tokens) / (time.perf_counter() - began)
+            row |= {"seconds": metrics.seconds, "tokens_per_second": speed, "mfu": speed * flops / flops_rate}
+            row |= {"peak_memory_gib": peak_memory(device)} | first
             first = {}
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.max_steps:
-                row["val_loss"] = val_loss = evaluate(model, validation, config, device)
-                tqdm.write(f"step {step + 1}: validation loss {val_loss:.4f}")
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
+            if trainer.step % config.eval_every == 0 or trainer.step == config.max_steps:
+                row["val_loss"] = trainer.validate()
+                trainer.say(f"step {trainer.step}: validation loss {trainer.val_loss:.4f}")
+                if trainer.val_loss < trainer.best:
+                    trainer.best = trainer.val_loss
+                    save_weights(trainer.model, out / "best", processes)
+            metrics.write(row)
+            signal = processes.highest(stop.signal)
+            due = config.snapshot_every and trainer.step % config.snapshot_every == 0
+            if due or signal or (config.snapshot_every and trainer.step == config.max_steps):
+                metrics.flush()  # a snapshot never has more steps than the metrics
+                trainer.save(out / "snapshots", config.keep)
             bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, val {val_loss:.3f}, {tokens / row['seconds']:,.0f} tokens/s, "
-                f"peak {peak_memory(device):.2f} GiB"
+                f"loss {row['loss']:.3f}, val {trainer.val_loss:.3f}, {speed:,.0f} tokens/s, "
+                f"peak {row['peak_memory_gib']:.2f} GiB"
             )
             bar.update()
+            if signal and trainer.step < config.max_steps:
+                trainer.say(f"stopped after step {trainer.step}, with a snapshot; go on with: --out {out} --resume")
+                return 128 + signal
+    return 0
 
 
-def sample(model: GPT2, n_tokens: int, seed: int) -> str:
-    """Some text of the model's own, started from <|endoftext|> and drawn with its own random state."""
-    device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    start = torch.tensor([[END_OF_TEXT]], device=device)
-    n_tokens = min(n_tokens, model.config.n_positions - 1)
-    ids: Tensor = model.generate(start, n_tokens, temperature=0.8, top_k=50, generator=generator)
-    return get_tokenizer().decode(ids[0, 1:].tolist())
+def read_settings() -> TrainConfig:
+    """The settings of the command line; those of a resumed run are what they were unless they are given again."""
+    config = tyro.cli(TrainConfig)
+    if not config.resume or config.out is None:
+        return config
+    path = config.out / SETTINGS
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored |= {
+            "parallel": None,
+            "out": config.out,
+            "data": None if stored["data"] is None else Path(stored["data"]),
+        }
+        default = TrainConfig(**stored)
+    except FileNotFoundError:
+        raise ValueError(f"--resume: {config.out} holds no run") from None
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not the settings of a run: {error}") from None
+    return tyro.cli(TrainConfig, default=default)
 
 
-def make_run_folder(config: TrainConfig) -> Path:
-    """A folder without a run in it, with the resolved configuration as train_config.json."""
-    out = config.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if (out / "metrics.jsonl").exists():
-        raise ValueError(f"--out {out} already holds a run; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    resolved = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    (out / "train_config.json").write_text(json.dumps(resolved | {"out": str(out)}, indent=2) + "\n")
-    return out
+def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
+    """The trainer, where it starts or where its newest snapshot left it, and its run folder."""
+    if config.parallel and not processes.torchrun:
+        raise ValueError(f"--parallel {config.parallel} is for torchrun: torchrun --nproc-per-node N train.py ...")
+    config = dataclasses.replace(config, parallel=config.parallel or ("ddp" if processes.torchrun else None))
+    out = config.out or Path(processes.gather(time.strftime("runs/%Y%m%d-%H%M%S"))[0])
+    if not config.resume and ((out / SETTINGS).exists() or (out / "metrics.jsonl").exists()):
+        raise ValueError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")
+    torch.manual_seed(config.seed)
+    model = make_model(config, processes.device)
+    with removed_on_error(out) if processes.main else nullcontext():
+        if processes.main:
+            open_corpus(config.data, out / "tokens", progress=True)
+        processes.wait()
+        corpus = open_corpus(config.data, out / "tokens")
+        if len(corpus.validation) <= config.length:
+            raise DataError(f"{len(corpus.validation)} validation tokens are too few for one window of {config.length}")
+        trainer = Trainer(config, model, corpus, processes)
+    if processes.rank:  # process 0 goes on with the state that made the weights, as a single process does
+        torch.manual_seed(seed_of(config.seed, 0, processes.rank))
+    if config.resume:
+        found, passed_over = snapshot.newest(out / "snapshots")
+        for reason in passed_over:
+            trainer.say(f"passed over: {reason}")
+        if found is not None:
+            trainer.restore(found, DIALS)
+        elif passed_over:
+            raise ValueError(f"{out / 'snapshots'} has no whole snapshot; the reasons are above")
+        trainer.say(f"resuming from {found.path if found else 'the beginning: the run had no snapshot yet'}")
+    if processes.main:
+        out.mkdir(parents=True, exist_ok=True)
+        with written_whole(out / SETTINGS) as path:
+            settings = config.to_json() | {"out": str(out), "resume": False}
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    processes.wait()
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    many = f" x {processes.world} ({config.parallel})" if processes.world > 1 else ""
+    source = config.data or "the Python standard library's own sources"
+    trainer.say(f"{size} on {processes.device}{many}, attention {config.attention}, run folder {out}")
+    trainer.say(f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens from {source}")
+    return trainer, out
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; auto is CUDA, else MPS, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = name.partition(":")[0]
-    if not available.get(kind, False):
-        raise ValueError(
-            f"--device {name} is not available; there is {', '.join(k for k, v in available.items() if v)}"
-        )
-    return torch.device(name)
+def finish(trainer: Trainer, out: Path) -> None:
+    """Write the last weights and the loss curve, and show some text."""
+    model = save_weights(trainer.model, out, trainer.processes)
+    if not trainer.processes.main:
+        return
+    print(f"saved {out}/model.safetensors; continue it with: minigpt2 generate --model {out} --prompt 'import '")
+    best = (
+        f"in {out}/best" if (out / "best").exists() else "those it began with: no validation was better than the first"
+    )
+    print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
+    print(f"the loss curve is {plot_losses(out)}")
+    if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
+        start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
+        generator = torch.Generator(start.device).manual_seed(trainer.config.seed)
+        n_tokens = min(120, model.config.n_positions - 1)
+        ids = model.eval().generate(start, n_tokens, temperature=0.8, top_k=50, generator=generator)
+        print("a sample of its text:\n" + get_tokenizer().decode(ids[0, 1:].tolist()))
+
+
+def run(config: TrainConfig, processes: Processes) -> int:
+    """One run, or the rest of one; returns the exit status."""
+    try:
+        trainer, out = set_up(config, processes)
+    except (ValueError, OSError, RuntimeError) as error:  # everything the user can mend
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    try:
+        status = train(trainer, out)
+        if status == 0:
+            finish(trainer, out)
+        return status
+    except (NonFiniteError, snapshot.SnapshotError, OSError) as error:  # any other is a bug and shows its trace
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
 
 
 def main() -> int:
-    try:
-        config = tyro.cli(TrainConfig)
-        config.check()
-        device = pick_device(config.device)
-        torch.manual_seed(config.seed)
-        model = make_model(config, device)
-        corpus = load_corpus(config.data)
-        batches = Batches(corpus.train, config.batch, config.length, config.seed)
-        if len(corpus.validation) <= config.length:
-            raise DataError(f"{len(corpus.validation)} validation tokens are too few for one window of {config.length}")
-        out = make_run_folder(config)
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # everything the user can mend; the loop's own errors are not caught
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    n_parameters = sum(p.numel() for p in model.parameters())
-    source = config.data or "the Python standard library's own sources"
-    print(f"{n_parameters / 1e6:.1f}M parameters on {device}, attention {config.attention}, run folder {out}")
-    print(f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens from {source}")
-
-    train(model, batches, corpus.validation, config, out)
-    model.save_pretrained(out)
-    print(f"saved {out}/model.safetensors; continue it with: minigpt2 generate --model {out} --prompt 'import '")
-    print("a sample of its text:\n" + sample(model, 120, config.seed))
-    return 0
+    with ExitStack() as stack:
+        try:
+            config = read_settings()
+            config.check()
+            processes = stack.enter_context(started(config.device))
+        except (ValueError, OSError) as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return 2
+        return processes.ended(run(config, processes))
 
 
 if __name__ == "__main__":

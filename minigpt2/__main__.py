@@ -1,4 +1,4 @@
-"""The command line: `minigpt2 generate | plan | bench | download | info`. Each verb calls one function."""
+"""The command line: `minigpt2 VERB`, where each verb calls one function."""
 
 from __future__ import annotations
 
@@ -49,10 +49,7 @@ def generate(
     from minigpt2.model import GPT2
     from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    _check_device(device)
     tokenizer = get_tokenizer()
     network = GPT2.from_pretrained(model, attention=attention).to(device)
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
@@ -76,6 +73,60 @@ def generate(
         piece = tokenizer.decode_single_token_bytes(int(token)) if token < tokenizer.n_vocab else b"\xff"
         print(decoder.decode(piece), end="", flush=True)
     print(decoder.decode(b"", final=True))
+
+
+def evaluate(
+    model: str,
+    data: str,
+    stride: int | None = None,
+    length: int | None = None,
+    batch: int = 8,
+    attention: str = "auto",
+    device: str = "cpu",
+) -> None:
+    """Score a text of any length: loss, perplexity, bits per byte and number of tokens.
+
+    Args:
+        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        data: UTF-8 text, a file or a folder of files; or a token file (.bin), such as val.bin of `minigpt2 prepare`.
+        stride: Tokens from one window to the next, 1 to length: less is slower and gives more context. Default: half.
+        length: Tokens of context, at most. Default: the model's context length.
+        batch: Windows at a time.
+        attention: Attention backend.
+        device: Where to run, such as cpu or cuda.
+    """
+    from minigpt2.evaluate import evaluate, tokens_of
+    from minigpt2.model import GPT2
+
+    _check_device(device)
+    with tokens_of(data) as tokens:
+        network = GPT2.from_pretrained(model, attention=attention).to(device)
+        result = evaluate(network, tokens, length=length, stride=stride, batch=batch, progress=True)
+    print(f"loss {result.loss:.6f} nats per token, perplexity {result.perplexity:.4f}")
+    print(f"bits per byte {result.bits_per_byte:.6f}, {result.tokens} tokens, {result.bytes} bytes")
+
+
+def prepare(
+    data: str,
+    out: str,
+    validation_fraction: float = 0.05,
+    separator: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Tokenise text into a folder that train.py --data takes: train.bin and val.bin. Run it again to continue.
+
+    Args:
+        data: UTF-8 text: a file, or a folder of files, each of them a document.
+        out: The folder to write.
+        validation_fraction: What part of the tokens goes to val.bin, in whole documents.
+        separator: Text between the documents of one file, such as '<|endoftext|>'.
+        workers: Threads. Default: one a CPU.
+    """
+    from minigpt2.prepare import prepare
+
+    meta = prepare(data, out, validation_fraction=validation_fraction, separator=separator, workers=workers)
+    train, validation = meta["train_tokens"], meta["validation_tokens"]
+    print(f"{out}: {meta['documents']:,} documents, {train:,} training and {validation:,} validation tokens")
 
 
 def download(name: Annotated[str, tyro.conf.Positional]) -> None:
@@ -213,10 +264,19 @@ def info() -> None:
     print(f"attention: {explain_backend()}")
 
 
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake."""
-    verbs: dict[str, Callable[..., None]] = {"generate": generate, "plan": plan, "bench": bench}
-    verbs |= {"download": download, "info": info}
+    verbs: dict[str, Callable[..., None]] = {"generate": generate, "eval": evaluate, "prepare": prepare}
+    verbs |= {"plan": plan, "bench": bench, "download": download, "info": info}
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:

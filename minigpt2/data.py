@@ -1,14 +1,14 @@
-"""Text to tokens to batches. Knows nothing of the model.
+"""Tokens to batches. Knows nothing of the model.
 
 A corpus is a list of documents; `<|endoftext|>` follows each. Whole documents go to training or to validation. Batches
 are drawn without replacement, epoch by epoch, in an order that the seed and the epoch decide, so that the position of a
-run in its data is one count of windows and a resumed run continues with the very next batch.
+run in its data is two integers, epoch and window, and a resumed run continues with the very next batch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +18,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.documents import DataError, read_documents, standard_library
+from minigpt2.prepare import META, TRAIN, VALIDATION, prepare
 
-__all__ = ["Batches", "Corpus", "DataError", "load_corpus", "read_documents", "standard_library"]
+__all__ = [
+    "Batches",
+    "Corpus",
+    "DataError",
+    "fingerprint",
+    "gather",
+    "in_order",
+    "is_token_folder",
+    "load_corpus",
+    "open_corpus",
+    "open_tokens",
+    "read_documents",
+    "standard_library",
+]
 
 Tokens = NDArray[np.uint16]
-
-
-class DataError(ValueError):
-    """Text that is absent, not UTF-8, or too short for what was asked."""
 
 
 class Corpus(NamedTuple):
@@ -36,85 +46,67 @@ class Corpus(NamedTuple):
     validation: Tokens
 
 
-def standard_library() -> list[Path]:
-    """The sources of Python's own standard library, less its tests: text that is on every user's disk."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    return sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
+def open_tokens(path: str | Path) -> Tokens:
+    """A token file (uint16, little-endian) as an array that is mapped from disk, not read."""
+    path = Path(path)
+    size = path.stat().st_size
+    if size % 2:
+        raise DataError(f"{path}: {size} bytes are not a whole number of uint16 tokens")
+    return np.memmap(path, dtype="<u2", mode="r") if size else np.empty(0, dtype="<u2")
 
 
-def read_documents(path: str | Path | None) -> Iterator[str]:
-    """The documents of a UTF-8 text file (one) or of a folder (one a file, in order of their paths; hidden files and
-    files that are not UTF-8 are left out). None means the standard library's sources."""
-    if path is None:
-        files = standard_library()
-    elif Path(path).is_dir():
-        inside = (p for p in Path(path).rglob("*") if p.is_file())
-        files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    elif Path(path).is_file():
-        try:
-            yield Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text: {error}") from None
-        return
-    else:
-        raise DataError(f"{path}: no such file or folder")
-    for file in files:
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
+def is_token_folder(path: str | Path | None) -> bool:
+    """Whether `path` holds the token files train.bin and val.bin."""
+    return path is not None and all((Path(path) / name).is_file() for name in (TRAIN, VALIDATION))
+
+
+def open_corpus(path: str | Path | None, folder: str | Path, *, progress: bool = False) -> Corpus:
+    """The token files in `path`; or text under `path` (see read_documents), tokenised into `folder` unless it was
+    before. Either way the tokens stay on disk."""
+    if is_token_folder(path):
+        folder = Path(path or "")
+    elif not (Path(folder) / META).exists():
+        prepare(path, folder, progress=progress)
+    return Corpus(open_tokens(Path(folder) / TRAIN), open_tokens(Path(folder) / VALIDATION))
 
 
 def load_corpus(path: str | Path | None, validation_fraction: float = 0.05) -> Corpus:
-    """Tokenise the documents under `path` (see read_documents) and split them.
+    """The tokens of the text under `path`, split as `prepare` does it, in memory; token files stay on disk."""
+    if is_token_folder(path):
+        return open_corpus(path, "")
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(path, folder, validation_fraction=validation_fraction, progress=False)
+        train, validation = (np.fromfile(Path(folder) / name, dtype="<u2") for name in (TRAIN, VALIDATION))
+    return Corpus(train, validation)
 
-    Validation gets whole documents, chosen by a digest of their text, until it has its fraction of the tokens; those
-    longer than that come last, the shortest first, and the longest of all stays for training. A corpus of one document
-    gives its end.
-    """
-    tokenizer = get_tokenizer()
-    documents = []
-    for text in read_documents(path):
-        if text:
-            order = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-            ids = np.array([*tokenizer.encode_ordinary(text), END_OF_TEXT], dtype=np.uint16)
-            documents.append((order, ids))
-    if not documents:
-        raise DataError(f"{path or 'standard library'}: no text found")
-    total = sum(len(ids) for _, ids in documents)
-    wanted = int(total * validation_fraction)
-    if len(documents) == 1:
-        ids = documents[0][1]
-        return Corpus(ids[: total - wanted], ids[total - wanted :])
-    chosen: set[int] = set()
-    taken = 0
-    for i in sorted(range(len(documents)), key=lambda i: (max(wanted, len(documents[i][1])), documents[i][0]))[:-1]:
-        if taken >= wanted:
-            break
-        chosen.add(i)
-        taken += len(documents[i][1])
-    train = [ids for i, (_, ids) in enumerate(documents) if i not in chosen]
-    validation = [documents[i][1] for i in sorted(chosen)]
-    return Corpus(np.concatenate(train), np.concatenate(validation or [documents[0][1][:0]]))
+
+def fingerprint(tokens: Tokens) -> str:
+    """A digest of the number of tokens and of 256 stretches of them: enough to notice another corpus."""
+    digest = hashlib.sha256(str(len(tokens)).encode())
+    for start in np.linspace(0, max(0, len(tokens) - 64), 256).astype(np.int64).tolist():
+        digest.update(tokens[start : start + 64].tobytes())
+    return digest.hexdigest()
 
 
 class Batches:
     """Endless batches (input_ids, targets), each (batch, length) int64 with targets shifted by one.
 
     The tokens are cut into windows of `length`; an epoch visits every window once. `position` counts the windows drawn
-    so far and may be set, to continue where another run stopped.
+    so far, by all processes, and may be set, to continue where another run stopped. Process `rank` of `world` draws its
+    rows of each batch, (batch / world, length), and reads no others.
     """
 
-    def __init__(self, tokens: Tokens, batch: int, length: int, seed: int) -> None:
+    def __init__(self, tokens: Tokens, batch: int, length: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if batch % world:
+            raise DataError(f"a batch of {batch} sequences cannot be shared evenly by {world} processes")
         self.tokens, self.batch, self.length, self.seed = tokens, batch, length, seed
+        self.rank, self.share = rank, batch // world
         self.windows = (len(tokens) - 1) // length
         if self.windows < batch:
             raise DataError(
                 f"{len(tokens)} tokens are too few for one batch: {batch} x {length} needs {batch * length + 1}"
             )
         self.position = 0
-        self._order: tuple[int, NDArray[np.int64]] | None = None
 
     @property
     def epoch(self) -> float:
@@ -125,15 +117,47 @@ class Batches:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        windows = [self._window(self.position + i) for i in range(self.batch)]
+        start = self.position + self.rank * self.share
+        windows = self._windows(start, start + self.share)
         self.position += self.batch
         return gather(self.tokens, windows, self.length)
 
-    def _window(self, position: int) -> int:
-        epoch, index = divmod(position, self.windows)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.windows)
-        return int(self._order[1][index])
+    def _windows(self, start: int, stop: int) -> list[int]:
+        windows: list[int] = []
+        while start < stop:
+            epoch, first = divmod(start, self.windows)
+            last = min(first + stop - start, self.windows)
+            windows += shuffled(np.arange(first, last), self.windows, [self.seed, epoch]).tolist()
+            start += last - first
+        return windows
+
+
+def shuffled(indices: NDArray[np.int64], n: int, seed: list[int]) -> NDArray[np.int64]:
+    """Where a permutation of range(n), which `seed` chooses, sends `indices`, without ever holding it.
+
+    A Feistel network is a permutation of the 2^2h numbers of 2h bits whatever its round function; an image that is
+    not below n is sent on until one is, which makes it a permutation of range(n) ("cycle walking", Black and Rogaway
+    2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half = np.uint64(max(2, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence(seed).generate_state(6, np.uint64)
+    values = indices.astype(np.uint64)
+    todo = np.ones(len(values), dtype=bool)
+    while todo.any():
+        left, right = values[todo] >> half, values[todo] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        values[todo] = (left << half) | right
+        todo = values >= n
+    return values.astype(np.int64)
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def gather(tokens: Tokens, windows: list[int], length: int) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["sha256_of", "written_whole"]
+__all__ = ["flush", "removed_on_error", "sha256_of", "written_whole"]
 
 
 @contextmanager
@@ -28,14 +29,27 @@ def written_whole(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """If the block raises an Exception, remove `folder`, unless it was there before."""
+    existed = folder.exists()
+    try:
+        yield
+    except Exception:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file or a folder to disk before this returns."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -230,7 +230,7 @@ def plot(found: list[Footprint], path: str | Path, budget: int | None = None, ba
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'minigpt2[plot]'") from None
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for recompute in RECOMPUTE:

@@ -234,8 +234,10 @@ class GPT2(nn.Module):
         """Logits (B, V) of the token after the last one: `forward` without the head of the other positions."""
         return F.linear(self.hidden(input_ids, attention_mask, cache)[:, -1], self.wte.weight)
 
-    def loss(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats over the targets that are not -100: a scalar.
+    def loss(
+        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *, reduction: str = "mean"
+    ) -> Tensor:
+        """Cross-entropy in nats over the targets that are not -100: their mean or sum, a scalar; "none": each, (B, T).
 
         input_ids and targets (B, T); targets are already shifted: targets[b, t] is the token after input_ids[b, t].
         """
@@ -243,7 +245,8 @@ class GPT2(nn.Module):
             raise ValueError(
                 f"targets must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(targets.shape)}"
             )
-        return linear_cross_entropy(self.hidden(input_ids, attention_mask), self.wte.weight, targets)
+        hidden = self.hidden(input_ids, attention_mask)
+        return linear_cross_entropy(hidden, self.wte.weight, targets, reduction=reduction)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The residual stream after the last LayerNorm, (B, T, C): everything but the head."""

@@ -1,0 +1,107 @@
+"""What may go wrong in the middle of a run: a signal, and a number that is not one."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NonFiniteError", "Stop", "first_nonfinite", "stop_on_signals"]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient that is infinite or not a number. Says where it came from."""
+
+
+class Stop:
+    """Whether SIGINT or SIGTERM asked the run to stop."""
+
+    signal: int = 0
+    """The signal, or 0."""
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Inside, SIGINT and SIGTERM only set `.signal`, for the loop to see when its step is done. A second SIGINT
+    interrupts at once."""
+    stop = Stop()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = stop.signal or number
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving a snapshot", file=sys.stderr)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def first_nonfinite(model: nn.Module) -> Iterator[list[str]]:
+    """Run a step inside; afterwards the list names, in the order in which they were computed, the modules that made
+    something infinite or not a number out of finite inputs, in the forward or in the backward pass. It is empty if
+    everything was finite.
+
+    Every tensor is looked at, so this is for a step that is known to be bad and is run again.
+    """
+    watch = _Watch()
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks.append(module.register_forward_hook(functools.partial(watch.forward, name), with_kwargs=True))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            hooks.append(parameter.register_hook(functools.partial(watch.gradient, name)))
+    try:
+        yield watch.found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Watch:
+    """What the hooks of first_nonfinite see."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.received: dict[str, bool] = {}  # whether the gradient that reached a module's output was finite
+
+    def forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        inputs = [*args, *kwargs.values()]
+        if not _finite(output) and _finite(inputs):
+            weights = all(_finite(p) for p in module.parameters())
+            self.found.append(f"the output of {name}" if weights else f"a weight of {name}")
+        # Not the hooks that modules have for the backward pass: those change the graph, and want inputs with gradients.
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(functools.partial(self.receive, name))
+        for tensor in inputs:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(functools.partial(self.send, name))
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        self.received[name] = _finite(gradient)
+
+    def send(self, name: str, gradient: Tensor) -> None:
+        if self.received.get(name) and not _finite(gradient):
+            self.found.append(f"the backward pass of {name}")
+
+    def gradient(self, name: str, gradient: Tensor) -> None:
+        if self.received.get(name.rpartition(".")[0]) and not _finite(gradient):
+            self.found.append(f"the gradient of {name}")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    return not isinstance(value, (tuple, list)) or all(_finite(v) for v in value)

@@ -1,0 +1,112 @@
+"""The parts of a training step that know nothing of settings: gradients of many micro-batches as of one, in any
+precision, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from minigpt2.guards import first_nonfinite
+from minigpt2.model import GPT2
+from minigpt2.parallel import Processes, unsynchronised
+from minigpt2.snapshot import weight_tensors
+
+__all__ = ["DTYPES", "accumulate_gradients", "autocast", "culprit", "mean_loss", "save_weights"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Batch = tuple[Tensor, Tensor]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Matrix products in `precision`, the rest in float32."""
+    # Without its cache, which would keep a copy of every weight alive and which helps only weights that are used twice.
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
+
+
+def accumulate_gradients(
+    network: nn.Module,
+    micro_batches: list[Batch],
+    processes: Processes,
+    precision: str = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[float, int]:
+    """Add to the gradients those of one mean: of the loss over every target that is not -100, in all micro-batches of
+    all processes. Returns that mean, in nats, and the number of targets.
+
+    `network` is that of parallel.distribute; each micro-batch is (input_ids, targets), (B, T) each, on its device.
+    """
+    counts = torch.stack([(targets != -100).sum() for _, targets in micro_batches])
+    count = max(1, int(processes.sum(counts.sum())))
+    device = micro_batches[0][0].device
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    for i, (input_ids, targets) in enumerate(micro_batches):
+        last = i + 1 == len(micro_batches)
+        with nullcontext() if last else unsynchronised(network):
+            with autocast(device, precision):
+                loss = network(input_ids, targets)
+            # The engines take the mean over processes; the loss is a sum over them.
+            mean = loss * (processes.world / count)
+            (mean if scaler is None else scaler.scale(mean)).backward()
+        total += loss.detach().to(total.device)
+    return (processes.sum(total) / count).item(), count
+
+
+def culprit(
+    model: GPT2,
+    network: nn.Module,
+    micro_batches: list[Batch],
+    processes: Processes,
+    precision: str,
+    scaler: torch.amp.GradScaler,
+) -> str:
+    """Run a bad step again, look at every tensor, and say which module made the first that is not finite. Leaves the
+    gradients of that, and draws the random numbers of the step."""
+    model.zero_grad()
+    with first_nonfinite(model) as found:
+        accumulate_gradients(network, micro_batches, processes, precision, scaler)
+    for rank, names in enumerate(processes.gather(found[:1])):
+        if names:
+            return f"{names[0]} is the first that is not finite" + (
+                f", on process {rank}" if processes.world > 1 else ""
+            )
+    return "no module's own output or gradient is to blame"
+
+
+@torch.no_grad()
+def mean_loss(network: nn.Module, batches: Iterable[Batch], processes: Processes, precision: str) -> float:
+    """Mean over the targets of all batches, in nats, in evaluation mode; each process takes its rows. Draws no random
+    numbers."""
+    rank, world, device = processes.rank, processes.world, processes.device
+    network.eval()
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
+    for input_ids, targets in batches:
+        more = -len(input_ids) % world  # rows without targets, so that each process has as many
+        x = torch.cat([input_ids, input_ids[:1].expand(more, -1)])[rank::world].to(device)
+        y = F.pad(targets, (0, 0, 0, more), value=-100)[rank::world].to(device)
+        with autocast(device, precision):
+            loss = network(x, y)
+        sums += torch.tensor([loss.item(), (y != -100).sum().item()])
+    if isinstance(network, FSDPModule):
+        network.reshard()  # a forward pass leaves the outermost group whole, for the backward pass that did not come
+    network.train()
+    loss_sum, count = processes.sum(sums).tolist()
+    return loss_sum / count
+
+
+def save_weights(model: GPT2, folder: Path, processes: Processes) -> GPT2:
+    """Have the main process write the weights, gathered if they are sharded. Returns there a model that has them."""
+    if processes.torchrun:
+        tensors = weight_tensors(model, keep=processes.main)
+        with torch.device("meta"):
+            model = GPT2(model.config)
+        model.load_state_dict(tensors, assign=True, strict=processes.main)
+    if processes.main:
+        model.save_pretrained(folder)
+    return model
