@@ -29,7 +29,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from minigpt2 import snapshot
+from minigpt2 import memory, snapshot, tune_allocator
 from minigpt2.attention import resolve_backend
 from minigpt2.config import GPT2Config
 from minigpt2.data import Batches, Corpus, DataError, in_order, open_corpus
@@ -89,6 +89,10 @@ class TrainConfig:
     """Recomputation: 0 is off; k = 1..n_layer keeps one activation every k blocks and recomputes n_layer - k."""
     recompute: str = "block"
     """What a recomputed block keeps: block, keep-attention or pointwise."""
+    memory_budget: str | None = None
+    """Choose the two settings above: the fastest that keep the process within this much memory, such as 4GiB."""
+    tune_allocator: bool = True
+    """Keep and pack the memory of CPU tensors (minigpt2/allocator.cpp), instead of leaving it to the C library."""
     attention: str = "auto"
     """Attention backend: auto, eager, sdpa or fused."""
     eval_every: int = 50
@@ -122,6 +126,8 @@ class TrainConfig:
             problems.append(f"--dropout must be in [0, 1), got {self.dropout}")
         if self.resume and self.out is None:
             problems.append("--resume needs --out, the folder of the run to continue")
+        if self.memory_budget is not None and (self.checkpoint_every or self.recompute != "block"):
+            problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it alone")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -133,7 +139,8 @@ class TrainConfig:
 # Settings that may change when a run is resumed, since they are about its surroundings or, like recomputation, about
 # how its numbers are computed and not which. All others must be what they were.
 DIALS = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard"}
-DIALS |= {"device", "parallel", "checkpoint_every", "recompute"}
+DIALS |= {"device", "parallel", "checkpoint_every", "recompute", "memory_budget"}
+DIALS |= {"tune_allocator"}
 SETTINGS = "train_config.json"
 
 
@@ -147,6 +154,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     """The model to train, in training mode on its device."""
+    baseline = memory.resident_bytes() if device.type == "cpu" else 0
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.dropout)
     dials: dict[str, Any] = {name: getattr(config, name) for name in ("checkpoint_every", "recompute", "attention")}
     if config.init is not None:
@@ -158,6 +166,12 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
         model = GPT2(shape, **dials)
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
+    if config.memory_budget is not None:
+        found = memory.notches(model.config, config.batch, config.length, accumulate=config.accumulate)
+        chosen = memory.fastest_that_fits(found, memory.parse_bytes(config.memory_budget), baseline)
+        model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
+        expected = f"{memory.format_bytes(chosen.peak + baseline)} expected"
+        print(f"checkpoint_every={chosen.checkpoint_every}, recompute={chosen.recompute!r}: {expected}")
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
@@ -310,6 +324,10 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
     out = config.out or Path(processes.gather(time.strftime("runs/%Y%m%d-%H%M%S"))[0])
     if not config.resume and ((out / SETTINGS).exists() or (out / "metrics.jsonl").exists()):
         raise ValueError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")
+    if config.tune_allocator and processes.device.type == "cpu":
+        said = tune_allocator()
+        if processes.main:
+            print(said)
     torch.manual_seed(config.seed)
     model = make_model(config, processes.device)
     with removed_on_error(out) if processes.main else nullcontext():

@@ -41,5 +41,5 @@ def test_a_job_that_fails_says_why() -> None:
 
 
 def test_only_official_models() -> None:
-    with pytest.raises(ValueError, match="model must be one of gpt2, .*, got 'gpt3'"):
+    with pytest.raises(ValueError, match=r"model must be one of gpt2, .*, got 'gpt3'"):
         bench_memory("gpt3")

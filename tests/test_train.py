@@ -124,6 +124,18 @@ def test_accumulation_gives_the_step_of_one_large_batch(text: Path, tmp_path: Pa
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_a_memory_budget_chooses_the_fastest_notch_that_fits(text: Path, tmp_path: Path) -> None:
+    result = run(*TINY, "--data", text, "--max-steps", 1, "--memory-budget", "100GiB", "--out", tmp_path / "roomy")
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint_every=0, recompute='block'" in result.stdout
+    config = train.TrainConfig(n_layer=4, n_head=2, n_embd=64, batch=64, length=64)
+    free = train.make_model(config, torch.device("cpu"))
+    found = train.memory.notches(free.config, 64, 64)
+    budget = train.memory.resident_bytes() + (found[0].peak + found[-1].peak) // 2
+    tight = train.make_model(train.dataclasses.replace(config, memory_budget=str(budget)), torch.device("cpu"))
+    assert (tight.checkpoint_every, tight.recompute) != (0, "block")
+
+
 def test_learning_rate_schedule() -> None:
     config = train.TrainConfig(lr=1.0, warmup=4, max_steps=24)
     rates = [train.learning_rate(step, config) for step in range(24)]
@@ -156,6 +168,9 @@ def test_decay_is_on_matrices_only() -> None:
         (["--attention", "magic"], "attention backend must be one of"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["--init", "nowhere"], "'nowhere' is neither an official name"),
+        (["--memory-budget", "1MiB"], "nothing fits 1 MiB: the least is "),
+        (["--memory-budget", "much"], "expected an amount of memory such as 4GiB"),
+        (["--memory-budget", "4GiB", "--checkpoint-every", 1], "--memory-budget chooses --checkpoint-every"),
         (["--device", "abacus"], "--device abacus is not available"),
         (["--batch", 5000], "tokens are too few for one batch: 5000 x 16 needs 80001"),
         (["--no-such-setting", 1], "no-such-setting"),
