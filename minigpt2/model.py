@@ -40,8 +40,17 @@ class Projection(nn.Module):
         return y.view(*x.shape[:-1], y.size(-1))
 
 
+# How to call a function of one tensor that ends in a matrix product: plainly, or (recompute_input) so that what comes
+# before the product is recomputed in the backward pass instead of kept.
+Product = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
 class MLP(nn.Module):
-    """Two projections with the tanh GELU between them."""
+    """LayerNorm (`norm`, which belongs to the block), then two projections with the tanh GELU between them."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -54,7 +63,7 @@ class MLP(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """H heads; each position attends to itself and to what came before."""
+    """LayerNorm (`norm`, which belongs to the block), then H heads: each position attends to itself and the past."""
 
     def __init__(self, config: GPT2Config, backend: str) -> None:
         super().__init__()
@@ -97,17 +106,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). With `pointwise`, LayerNorm and GELU are recomputed in the backward pass."""
         p = self.resid_pdrop if self.training else 0.0
-        product = recompute_input if pointwise else _plainly
+        product = recompute_input if pointwise else plainly
         x = dropout_add(self.attn(x, self.ln_1, product, mask, cache), x, p)
         return dropout_add(self.mlp(x, self.ln_2, product), x, p)
-
-
-# Calls a function of one tensor that ends in a matrix product: plainly, or so that what precedes it is recomputed.
-Product = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-
-
-def _plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return function(x)
 
 
 class BlockStack(nn.ModuleList):
@@ -253,12 +254,15 @@ class GPT2(nn.Module):
         past = 0 if cache is None else cache.length
         self._check_input(input_ids, attention_mask, cache, past)
         T, device = input_ids.size(1), input_ids.device
-        if attention_mask is None:
+        real = None if attention_mask is None else attention_mask.to(torch.bool)  # (B, past + T)
+        if real is not None and real.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Without padding before real tokens, causality is mask enough. (Elsewhere, to look would be to wait.)
+            real = None if bool((real[:, 1:] <= real[:, :-1]).all()) else real
+        if real is None:
             positions = torch.arange(past, past + T, device=device)  # (T,)
             # Queries that continue a cache see all of it and one another causally; one query alone sees everything.
             mask = causal_mask(T, past + T, device) if past and T > 1 else None
         else:
-            real = attention_mask.to(torch.bool)  # (B, past + T)
             positions = (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
             # A padding token sees itself, so that its softmax is defined; nothing real sees padding.
             itself = torch.eye(past + T, dtype=torch.bool, device=device)[past:]

@@ -106,6 +106,15 @@ def test_all_ones_as_mask_change_nothing(model: GPT2) -> None:
     torch.testing.assert_close(model(ids, attention_mask=torch.ones_like(ids)), model(ids))
 
 
+def test_padding_on_the_right_changes_nothing_before_it(model: GPT2) -> None:
+    model.eval()
+    ids, mask = torch.randint(211, (2, 20)), torch.ones(2, 20)
+    mask[0, 12:] = 0
+    logits = model(ids, attention_mask=mask)
+    torch.testing.assert_close(logits[1], model(ids)[1])
+    torch.testing.assert_close(logits[0, :12], model(ids[:1, :12])[0])
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
