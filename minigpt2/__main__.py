@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -240,11 +240,54 @@ def bench_memory(
     )
 
 
-BENCHMARKS: dict[str, Callable[..., None]] = {"attention": bench_attention, "memory": bench_memory}
+def bench_step(
+    model: str = "gpt2",
+    batch: int = 4,
+    length: int = 1024,
+    dropout: float = 0.0,
+    checkpoint_every: int = 0,
+    recompute: str = "block",
+    steps: int = 6,
+    rounds: int = 1,
+    compare: Literal["hf"] | None = None,
+) -> None:
+    """Measure training steps: tokens a second, forward, backward, optimizer, memory, and the share of the roofline.
+
+    Args:
+        model: An official name.
+        batch: Sequences in a batch.
+        length: Tokens in a sequence.
+        dropout: All three dropouts.
+        checkpoint_every: The dial of recomputation.
+        recompute: What a recomputed block keeps.
+        steps: Steps in a process, of which the first is warm-up.
+        rounds: How often each process is run, in turn.
+        compare: "hf": also run transformers, alternately, each in its own process.
+    """
+    from minigpt2.bench.step import bench_step
+
+    bench_step(
+        model,
+        batch=batch,
+        length=length,
+        dropout=dropout,
+        checkpoint_every=checkpoint_every,
+        recompute=recompute,
+        steps=steps,
+        rounds=rounds,
+        compare=compare == "hf",
+    )
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {
+    "attention": bench_attention,
+    "memory": bench_memory,
+    "step": bench_step,
+}
 
 
 def bench() -> None:
-    """Measure this machine: minigpt2 bench attention | memory."""
+    """Measure this machine: minigpt2 bench attention | memory | step."""
     tyro.extras.subcommand_cli_from_dict(BENCHMARKS, prog="minigpt2 bench", args=sys.argv[2:])
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from minigpt2 import GPT2Config
 from minigpt2.bench.memory import bench_memory
+from minigpt2.bench.step import bench_step, roofline_seconds
 from minigpt2.bench.worker import Job, measure
 
 TINY = {"vocab_size": 200, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
@@ -33,6 +35,17 @@ def test_bench_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with (tmp_path / "dial.csv").open() as file:
         assert [row["setting"] for row in csv.DictReader(file)] == [setting.name for setting, _ in found]
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench_step(config=TINY, batch=1, length=16, steps=3, compare=True)
+    assert [len(r.seconds) for results in found.values() for r in results] == [2, 2]
+    printed = capsys.readouterr().out
+    assert printed.startswith("bench step: ")
+    assert "roofline share" in printed
+    assert "x as fast" in printed
+    config = GPT2Config().replace(**TINY)
+    assert 0 < roofline_seconds(config, 1, 16) < roofline_seconds(config.replace(n_layer=200), 1, 16)
 
 
 def test_a_job_that_fails_says_why() -> None:

@@ -1,0 +1,95 @@
+"""A whole training step: tokens a second, where the time goes, and how far it is from its matrix products alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import torch
+
+from minigpt2.bench.header import header
+from minigpt2.bench.worker import Job, Result, measure
+from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+
+__all__ = ["bench_step", "roofline_seconds"]
+
+
+def bench_step(
+    model: str = "gpt2",
+    *,
+    batch: int = 4,
+    length: int = 1024,
+    dropout: float = 0.0,
+    checkpoint_every: int = 0,
+    recompute: str = "block",
+    steps: int = 6,
+    rounds: int = 1,
+    compare: bool = False,
+    config: dict[str, int] | None = None,
+) -> dict[str, list[Result]]:
+    """Measure training steps (float32, AdamW), in processes of their own, alternating with transformers' if `compare`.
+
+    Prints medians with their range over every step but each process's first. The roofline share is the time that the
+    step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes in this run,
+    over the step's time. Recomputation counts as time, not as work. `config` gives another shape than the official one.
+    """
+    if model not in OFFICIAL_SIZES:
+        raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")
+    shape: dict[str, int] = config or dict(OFFICIAL_SIZES[model])
+    ours = Job("minigpt2", shape, batch, length, dropout, checkpoint_every, recompute, steps=steps, tuned=True)
+    jobs = {"minigpt2": ours}
+    if compare:
+        jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=False)
+    print(header("step"))
+    print(f"{model}, batch {batch} x {length}, dropout {dropout}, float32, AdamW; {rounds} x {steps} steps")
+    results: dict[str, list[Result]] = {name: [] for name in jobs}
+    rooflines = []
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            results[name].append(measure(job))
+        rooflines.append(roofline_seconds(GPT2Config().replace(**shape), batch, length))
+    for name, found in results.items():
+        seconds = [s for r in found for s in r.seconds]
+        median = statistics.median(seconds)
+        parts = (
+            statistics.median(s for r in found for s in getattr(r, k)) for k in ("forward", "backward", "optimizer")
+        )
+        print(
+            f"{name:>12}: {batch * length / median:,.0f} tokens/s, {median:.2f} s a step [{min(seconds):.2f}, "
+            f"{max(seconds):.2f}] (forward {{:.2f}}, backward {{:.2f}}, optimizer {{:.2f}}), peak "
+            f"{max(r.peak for r in found) / 2**30:.2f} GiB, roofline share "
+            f"{statistics.median(rooflines) / median:.2f}".format(*parts)
+        )
+    if compare:
+        pairs = zip(results["transformers"], results["minigpt2"], strict=True)
+        ratios = [statistics.median(t.seconds) / statistics.median(o.seconds) for t, o in pairs]
+        print(f"minigpt2 is {statistics.median(ratios):.2f} x as fast [{min(ratios):.2f}, {max(ratios):.2f}]")
+    return results
+
+
+def roofline_seconds(config: GPT2Config, batch: int, length: int, repeats: int = 3) -> float:
+    """Seconds that the matrix products of a step, forward and backward, take by themselves: each shape is timed with
+    torch.mm (the best of `repeats`), and attention is charged at the rate of one of them."""
+    N, C, V = batch * length, config.n_embd, config.vocab_size
+    rows = min(N, 512)  # the head is worked through in chunks
+    block = [(N, C, 3 * C), (N, C, C), (N, C, config.inner), (N, config.inner, C)]
+    total = rate = 0.0
+    for times, (n, a, b) in [*((config.n_layer, s) for s in block), (N / rows, (rows, C, V))]:
+        x, w, y = torch.randn(n, a), torch.randn(a, b), torch.randn(n, b)
+        seconds = sum(_best(p, repeats) for p in ((x, w), (y, w.t()), (x.t(), y)))
+        total += times * seconds
+        rate = max(rate, 6 * n * a * b / seconds)
+    attention = 7 * batch * length * length * C * config.n_layer  # 7 products, half of each above the diagonal
+    return total + attention / rate
+
+
+def _best(operands: tuple[torch.Tensor, torch.Tensor], repeats: int) -> float:
+    a, b = operands
+    out = torch.mm(a, b)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        times.append(time.perf_counter() - start)
+    return min(times)
