@@ -120,7 +120,7 @@ def prepare(
         out: The folder to write.
         validation_fraction: What part of the tokens goes to val.bin, in whole documents.
         separator: Text between the documents of one file, such as '<|endoftext|>'.
-        workers: Threads. Default: one a CPU.
+        workers: Processes. Default: one a CPU.
     """
     from minigpt2.prepare import prepare
 

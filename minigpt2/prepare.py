@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +33,9 @@ TRAIN, VALIDATION, META = "train.bin", "val.bin", "tokens.json"
 FORMAT = "minigpt2 tokens 1"
 JOURNAL_EVERY = 1 << 22
 """Tokens between two entries in the journal, from which an interrupted run continues."""
+
+SMALL = 1 << 25
+"""Bytes of text that are tokenised sooner than processes for it have started."""
 
 BUCKETS = 1 << 16
 _DOCUMENT = np.dtype([("bucket", "<u2"), ("tokens", "<u8")])
@@ -67,7 +72,8 @@ def prepare(
     Validation gets documents in the order of a digest of their text until it has `validation_fraction` of the tokens;
     those longer than that come last, the shortest first, and the longest of all stays for training. A corpus of one
     document gives its end. Interrupted, it continues; a finished folder is left as it is. `workers`
-    threads (default: one a CPU) do the work. Returns what tokens.json says: counts of tokens and documents.
+    processes (default: one a CPU) do the work of a corpus that is not small; a script that calls this needs the usual
+    `if __name__ == "__main__"`. Returns what tokens.json says: counts of tokens and documents.
 
     Raises DataError when there is no text or when `out` holds tokens of something else.
     """
@@ -125,7 +131,7 @@ def tokenise(
         bar,
         _opened_at(part / "tokens.bin", journal.tokens * _TOKEN.itemsize) as tokens,
         _opened_at(part / "documents.bin", journal.documents * _DOCUMENT.itemsize) as index,
-        ThreadPoolExecutor(workers) as pool,  # threads: the encoder is compiled code that runs without Python's lock
+        _executor(workers if total - journal.bytes > SMALL else 1) as pool,
     ):
         written = journal.tokens
 
@@ -146,6 +152,18 @@ def tokenise(
             take()
         _write_journal(part, journal, tokens, index)
     return journal.documents
+
+
+def _executor(workers: int) -> Executor:
+    """Processes, since the encoder holds Python's lock; they are started afresh, as torch's threads do not survive a
+    fork."""
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is interrupted, and ends it
 
 
 def _encode(text: str) -> NDArray[Any]:

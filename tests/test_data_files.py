@@ -55,10 +55,14 @@ def test_files_hold_the_documents(corpus: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokens.json", "train.bin", "val.bin"]
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing(corpus: Path, tmp_path: Path, workers: int) -> None:
-    prepare.prepare(corpus, tmp_path / "a", workers=workers, progress=False)
-    prepare.prepare(corpus, tmp_path / "b", progress=False)
+def test_processes_change_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare.prepare(corpus, tmp_path / "a", progress=False)
+    started = []
+    pool = prepare.ProcessPoolExecutor
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", lambda *args: started.append(args[0]) or pool(*args))
+    monkeypatch.setattr(prepare, "SMALL", 0)
+    prepare.prepare(corpus, tmp_path / "b", workers=2, progress=False)
+    assert started == [2]
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
