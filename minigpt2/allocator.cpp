@@ -3,7 +3,7 @@
 // A training step allocates and frees gigabytes in an order that is nearly a stack's: the forward pass piles activations
 // up, the backward pass takes them down. The C library either returns large blocks to the system, so that every use pays
 // for the first touch of fresh pages, or keeps them in a heap that alignment and small neighbours break into holes. Here
-// large blocks lie in one range of addresses of their own. A request takes the lowest hole that holds it, a freed block
+// large blocks lie in one range of addresses of their own. A request takes the smallest hole that holds it (the lowest of equals), a freed block
 // merges with the holes beside it, and nothing is given back: once touched, a page serves every later step.
 
 #include <c10/core/Allocator.h>
@@ -54,15 +54,15 @@ class Arena final : public c10::Allocator {
 
   void* take(size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex);
-    for (auto hole = holes.begin(); hole != holes.end(); ++hole) {
-      const auto [start, room] = *hole;
-      if (room < bytes) continue;
-      holes.erase(hole);
-      if (room > bytes) holes[start + bytes] = room - bytes;
-      in_use[start] = bytes;
-      return start;
-    }
-    return nullptr;
+    auto best = holes.end();
+    for (auto hole = holes.begin(); hole != holes.end(); ++hole)
+      if (hole->second >= bytes && (best == holes.end() || hole->second < best->second)) best = hole;
+    if (best == holes.end()) return nullptr;
+    const auto [start, room] = *best;
+    holes.erase(best);
+    if (room > bytes) holes[start + bytes] = room - bytes;
+    in_use[start] = bytes;
+    return start;
   }
 
   void release(char* start) {

@@ -59,14 +59,13 @@ def _dropout_add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, residual, ctx.p, seed = inputs
+    # The seed is not a saved tensor, which recomputation would make again: so it can stop at the product before.
+    _, residual, ctx.p, ctx.seed = inputs
     ctx.has_residual = residual is not None
-    ctx.save_for_backward(seed)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-    (seed,) = ctx.saved_tensors
-    return torch.ops.minigpt2.dropout_add(grad, None, ctx.p, seed), grad if ctx.has_residual else None, None, None
+    return torch.ops.minigpt2.dropout_add(grad, None, ctx.p, ctx.seed), grad if ctx.has_residual else None, None, None
 
 
 torch.library.register_fake("minigpt2::dropout_add", lambda x, residual, p, seed: torch.empty_like(x).contiguous())

@@ -8,7 +8,8 @@ buy nothing. Hence exactly L - k blocks run twice, and every k from 1 (least mem
 What a recomputed block keeps is a second dial, `recompute`:
 
 - `"block"`: nothing but its input. The least memory.
-- `"keep-attention"`: also the attention's output and log-sum-exp, so attention never runs twice.
+- `"keep-attention"`: also the attention's output and log-sum-exp, so attention never runs twice; nor does the last
+  product of a segment, whose result the backward pass does not need.
 - `"pointwise"`: every block, recomputed by `checkpoint_every` or not, keeps what cost a matrix product or attention to
   make, and LayerNorm, GELU and dropout are recomputed: nearly free in time. Inside a segment that is recomputed this
   applies while it is recomputed.
@@ -74,13 +75,14 @@ def segments(n_layer: int, checkpoint_every: int) -> list[Segment]:
 def recompute(function: Callable[..., Tensor], *args: object, keep_attention: bool = False) -> Tensor:
     """Call `function(*args)` keeping only `args`; its inside is recomputed, exactly, in the backward pass.
 
-    With `keep_attention` the outputs of the attention operation are kept as well and it runs only once. The random
-    state and autocast of the first run are restored for the second, so dropout draws the same masks.
+    With `keep_attention` the outputs of the attention operation are kept as well and it runs only once; and the second
+    run ends where the backward pass has all it needs, which is before the last product of the segment. The random state
+    and autocast of the first run are restored for the second, so dropout draws the same masks.
     """
     context_fn = functools.partial(create_selective_checkpoint_contexts, attention_operations())
-    # Stopping early would skip the end of the last block of a segment; we promise whole blocks, run twice, hooks and
-    # all.
-    settings: dict[str, Any] = {"use_reentrant": False, "early_stop": False}
+    # To stop early is to leave the last block of the segment in the middle, by an exception; where nothing is kept we
+    # promise whole blocks, run twice, hooks and all.
+    settings: dict[str, Any] = {"use_reentrant": False, "early_stop": keep_attention}
     if keep_attention:
         settings["context_fn"] = context_fn
     return cast("Tensor", checkpoint(function, *args, **settings))

@@ -119,7 +119,7 @@ GENERATE = {"--model": "HF_TINY", "--prompt": PROMPT}
         ({"--top-k": "0"}, "top_k must be >= 1, got 0"),
         ({"--top-p": "1.1"}, "top_p must be in (0, 1], got 1.1"),
         ({"--max-new-tokens": "-1"}, "max_new_tokens must be >= 0, got -1"),
-        ({"--attention": "flash"}, "attention backend must be one of auto, eager, sdpa"),
+        ({"--attention": "flash"}, "attention backend must be one of auto, eager, sdpa, fused"),
         ({"--device": "abacus"}, "--device abacus cannot be used"),
         pytest.param(
             {"--device": "cuda"},
@@ -186,7 +186,7 @@ def test_info_prints_versions_device_and_the_attention_backend_and_why():
     assert versions == f"minigpt2 {minigpt2.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     assert libraries.startswith("safetensors ")
     assert device.startswith("device: ")
-    assert minigpt2.attention.resolve_backend("auto") in attention
+    assert minigpt2.attention.explain_backend() in attention
     assert "(" in attention
 
 

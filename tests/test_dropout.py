@@ -47,12 +47,12 @@ def test_value_and_gradient_are_those_of_the_documented_mask(
         assert torch.equal(residual.grad, grad)
 
 
-def test_only_a_seed_is_kept() -> None:
+def test_no_tensor_is_kept() -> None:
     saved: list[Tensor] = []
     x = torch.randn(8, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         dropout_add(x * 2, x, 0.1)
-    assert [t.numel() for t in saved] == [1]
+    assert not saved
 
 
 def test_rate_and_independence_of_threads() -> None:
