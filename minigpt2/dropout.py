@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2 import build
-from minigpt2.attention.fused import DTYPES, unavailable
+from minigpt2.attention.fused import DTYPES, constant_to_compiler, unavailable
 
 __all__ = ["dropout_add"]
 
@@ -35,7 +35,7 @@ def dropout_add(x: Tensor, residual: Tensor | None, p: float) -> Tensor:
     return out
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 def _served(device: str, dtype: torch.dtype) -> bool:
     return unavailable(device, dtype, 64) is None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,3 +158,12 @@ def test_projections_that_do_not_fit(shape: tuple[int, ...]) -> None:
 def test_dropout_out_of_range(p: float) -> None:
     with pytest.raises(ValueError, match="dropout_p"):
         attention(torch.zeros(1, 4, 48), 2, dropout_p=p)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = {"torch._dynamo", "torch._inductor", "sympy", "triton", "matplotlib", "transformers", "huggingface_hub"}
+    code = (
+        f"import torch, sys; before = set(sys.modules); import minigpt2; print(({heavy} & set(sys.modules)) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2.attention.eager import causal_mask, eager_attention, merge_heads, split_heads
-from minigpt2.attention.fused import decode, fused_attention, unavailable
+from minigpt2.attention.fused import constant_to_compiler, decode, fused_attention, unavailable
 
 __all__ = [
     "BACKENDS",
@@ -38,7 +38,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 def resolve_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend, other than `"auto"`, that serves tensors of this device type, dtype and head size.
 

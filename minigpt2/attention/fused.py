@@ -4,13 +4,19 @@ The kernel is C++ (cpu.cpp, built at first use by build.py). It is called throug
 in seconds where torch's own C++ headers take half a minute, and a call costs a few microseconds.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from minigpt2 import build
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 MAX_HEAD_DIM = 256
@@ -23,6 +29,13 @@ torch.library.define(
     "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed) -> Tensor",
 )
 torch.library.define("minigpt2::decode", "(Tensor q, Tensor k, Tensor v) -> Tensor")
+
+
+def constant_to_compiler(function: Callable[P, R]) -> Callable[P, R]:
+    """What torch.compiler.assume_constant_result does, without importing the compiler: torch.compile calls the function
+    once, while tracing, and takes its result for a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def unavailable(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -42,7 +55,7 @@ def _reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     return found if isinstance(found, str) else None
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 def _refuse_unavailable(device: str, dtype: torch.dtype, head_dim: int) -> None:
     reason = _reason(device, dtype, head_dim)
     if reason is not None:
