@@ -120,7 +120,8 @@ def peak():
     # Not ru_maxrss, in which a child process inherits the peak of its parent.
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 small = torch.randn(1, 64, 3 * H * D).to(dtype).requires_grad_()
-attention(small, H, dropout_p=0.1, backend="fused").sum().backward()  # loads what a first call loads
+warm = attention(small, H, dropout_p=0.1, backend="fused")
+warm.backward(torch.ones_like(warm))  # loads what a first call loads: with a gradient given, torch imports sympy
 before = peak()
 qkv = torch.ones(1, T, 3 * H * D, dtype=dtype, requires_grad=True)
 grad = torch.ones(1, T, H * D, dtype=dtype)
