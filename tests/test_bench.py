@@ -38,7 +38,7 @@ def test_bench_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
-    found = bench_step(config=TINY, batch=1, length=16, steps=3, compare=True)
+    found = bench_step(config=TINY, batch=1, length=16, steps=3, compare="hf")
     assert [len(r.seconds) for results in found.values() for r in results] == [2, 2]
     printed = capsys.readouterr().out
     assert printed.startswith("bench step: ")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
@@ -25,14 +27,27 @@ def bench_step(
     recompute: str = "block",
     steps: int = 6,
     rounds: int = 1,
-    compare: bool = False,
-    config: dict[str, int] | None = None,
+    compare: Literal["hf"] | None = None,
+    config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
 ) -> dict[str, list[Result]]:
-    """Measure training steps (float32, AdamW), in processes of their own, alternating with transformers' if `compare`.
+    """Measure training steps (float32, AdamW): tokens a second, forward, backward, optimizer, memory, and the share of
+    the roofline.
 
     Prints medians with their range over every step but each process's first. The roofline share is the time that the
     step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes in this run,
-    over the step's time. Recomputation counts as time, not as work. `config` gives another shape than the official one.
+    over the step's time. Recomputation counts as time, not as work.
+
+    Args:
+        model: An official name.
+        batch: Sequences in a batch.
+        length: Tokens in a sequence.
+        dropout: All three dropouts.
+        checkpoint_every: The dial of recomputation.
+        recompute: What a recomputed block keeps.
+        steps: Steps in a process, of which the first is warm-up.
+        rounds: How often each process is run, in turn.
+        compare: Also run transformers (hf), alternately, each in its own process.
+        config: Fields of GPT2Config: another shape than the official one.
     """
     if model not in OFFICIAL_SIZES:
         raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")
