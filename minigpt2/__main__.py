@@ -249,7 +249,8 @@ def bench_step(
     recompute: str = "block",
     steps: int = 6,
     rounds: int = 1,
-    compare: Literal["hf"] | None = None,
+    compare: Literal["hf", "hf-tuned"] | None = None,
+    profile: bool = False,
 ) -> None:
     """Measure training steps: tokens a second, forward, backward, optimizer, memory, and the share of the roofline.
 
@@ -262,7 +263,9 @@ def bench_step(
         recompute: What a recomputed block keeps.
         steps: Steps in a process, of which the first is warm-up.
         rounds: How often each process is run, in turn.
-        compare: "hf": also run transformers, alternately, each in its own process.
+        compare: Also run transformers, alternately, each in its own process: hf is as installed, hf-tuned with
+            tune_allocator() too.
+        profile: Also print where the time of a step goes.
     """
     from minigpt2.bench.step import bench_step
 
@@ -275,7 +278,8 @@ def bench_step(
         recompute=recompute,
         steps=steps,
         rounds=rounds,
-        compare=compare == "hf",
+        compare=compare,
+        profile=profile,
     )
 
 

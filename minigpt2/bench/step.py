@@ -25,22 +25,28 @@ def bench_step(
     recompute: str = "block",
     steps: int = 6,
     rounds: int = 1,
-    compare: bool = False,
+    compare: str | None = None,
+    profile: bool = False,
     config: dict[str, int] | None = None,
 ) -> dict[str, list[Result]]:
-    """Measure training steps (float32, AdamW), in processes of their own, alternating with transformers' if `compare`.
+    """Measure training steps (float32, AdamW), in processes of their own.
 
+    `compare="hf"` alternates with transformers as installed, `"hf-tuned"` with transformers after tune_allocator().
     Prints medians with their range over every step but each process's first. The roofline share is the time that the
     step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes in this run,
-    over the step's time. Recomputation counts as time, not as work. `config` gives another shape than the official one.
+    over the step's time. Recomputation counts as time, not as work. `profile` adds a table of where the time of one step
+    goes, measured in one more process. `config` gives another shape than the official one.
     """
+    if compare not in (None, "hf", "hf-tuned"):
+        raise ValueError(f"compare must be hf or hf-tuned, got {compare!r}")
     if model not in OFFICIAL_SIZES:
         raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")
     shape: dict[str, int] = config or dict(OFFICIAL_SIZES[model])
     ours = Job("minigpt2", shape, batch, length, dropout, checkpoint_every, recompute, steps=steps, tuned=True)
     jobs = {"minigpt2": ours}
     if compare:
-        jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=False)
+        tuned = compare == "hf-tuned"
+        jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=tuned)
     print(header("step"))
     print(f"{model}, batch {batch} x {length}, dropout {dropout}, float32, AdamW; {rounds} x {steps} steps")
     results: dict[str, list[Result]] = {name: [] for name in jobs}
@@ -65,7 +71,41 @@ def bench_step(
         pairs = zip(results["transformers"], results["minigpt2"], strict=True)
         ratios = [statistics.median(t.seconds) / statistics.median(o.seconds) for t, o in pairs]
         print(f"minigpt2 is {statistics.median(ratios):.2f} x as fast [{min(ratios):.2f}, {max(ratios):.2f}]")
+    if profile:
+        print(_profile_table(measure(dataclasses.replace(ours, profile=True))))
     return results
+
+
+# Where time goes: the operations, by the beginnings of their names, that each line of the profile adds up.
+_LINES = {
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention": ("minigpt2::attention", "aten::_scaled_dot_product"),
+    "loss, beside its products": ("minigpt2::linear_cross_entropy", "aten::_softmax", "aten::softmax", "aten::amax")
+    + ("aten::gather", "aten::scatter", "aten::log", "aten::where", "aten::masked_fill"),
+    "LayerNorm": ("aten::native_layer_norm",),
+    "GELU": ("aten::gelu",),
+    "dropout and residual": ("minigpt2::dropout_add", "aten::add", "aten::mul"),
+    "gradients of the biases": ("aten::sum",),
+    "embedding": ("aten::embedding", "aten::index"),
+    "AdamW": ("aten::_fused_adamw", "Optimizer.", "aten::zero_"),
+}
+
+
+def _profile_table(result: Result) -> str:
+    """Percent of the profiled step on each of _LINES, and the operations that are most of the rest."""
+    total = result.forward[-1] + result.backward[-1] + result.optimizer[-1]
+    seconds = dict.fromkeys(_LINES, 0.0)
+    rest: dict[str, float] = {}
+    for name, time_taken in result.profile.items():
+        line = next((line for line, prefixes in _LINES.items() if name.startswith(prefixes)), None)
+        if line is None:
+            rest[name] = time_taken
+        else:
+            seconds[line] += time_taken
+    most = ", ".join(sorted(rest, key=lambda name: -rest[name])[:4])
+    seconds[f"other operations ({most} ...)"] = sum(rest.values())
+    seconds["outside operations"] = total - sum(seconds.values())
+    return "\n".join(f"{taken / total:>7.1%}  {line}" for line, taken in seconds.items())
 
 
 def roofline_seconds(config: GPT2Config, batch: int, length: int, repeats: int = 3) -> float:
