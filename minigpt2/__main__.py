@@ -1,4 +1,7 @@
-"""The command line: `minigpt2 VERB`, where each verb calls one function."""
+"""The command line: `minigpt2 VERB`, where each verb calls one function.
+
+What a verb needs is imported when it is called, so that the others start fast.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -28,7 +31,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     attention: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Continue a prompt, printing the text as it comes.
 
@@ -41,19 +44,19 @@ def generate(
         top_p: Sample from the smallest set of tokens that has this probability.
         seed: Makes the sampling repeatable.
         attention: Attention backend.
-        device: Where to run, such as cpu or cuda.
+        device: cpu, cuda, cuda:N, mps, or auto: the best there is.
     """
     import torch
 
+    from minigpt2.device import pick_device
     from minigpt2.generate import stream
     from minigpt2.model import GPT2
     from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
-    _check_device(device)
-    tokenizer = get_tokenizer()
-    network = GPT2.from_pretrained(model, attention=attention).to(device)
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    place, tokenizer = pick_device(device), get_tokenizer()
+    network = GPT2.from_pretrained(model, attention=attention).to(place)
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=place)
+    generator = None if seed is None else torch.Generator(place).manual_seed(seed)
     tokens = stream(
         network,
         ids,
@@ -82,7 +85,7 @@ def evaluate(
     length: int | None = None,
     batch: int = 8,
     attention: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Score a text of any length: loss, perplexity, bits per byte and number of tokens.
 
@@ -93,14 +96,15 @@ def evaluate(
         length: Tokens of context, at most. Default: the model's context length.
         batch: Windows at a time.
         attention: Attention backend.
-        device: Where to run, such as cpu or cuda.
+        device: cpu, cuda, cuda:N, mps, or auto: the best there is.
     """
+    from minigpt2.device import pick_device
     from minigpt2.evaluate import evaluate, tokens_of
     from minigpt2.model import GPT2
 
-    _check_device(device)
+    place = pick_device(device)
     with tokens_of(data) as tokens:
-        network = GPT2.from_pretrained(model, attention=attention).to(device)
+        network = GPT2.from_pretrained(model, attention=attention).to(place)
         result = evaluate(network, tokens, length=length, stride=stride, batch=batch, progress=True)
     print(f"loss {result.loss:.6f} nats per token, perplexity {result.perplexity:.4f}")
     print(f"bits per byte {result.bits_per_byte:.6f}, {result.tokens} tokens, {result.bytes} bytes")
@@ -175,124 +179,18 @@ def plan(
         memory.fastest_that_fits(found, limit, baseline)  # raises, and says what the least is
 
 
-def bench_attention(
-    batch: int | None = None, length: int | None = None, dtype: str = "float32", repeats: int = 7
-) -> None:
-    """Time the fused attention kernel against sdpa and a matrix product.
-
-    Args:
-        batch: Sequences; with --length, one shape of your own instead of the usual three.
-        length: Tokens in a sequence.
-        dtype: float32 or bfloat16.
-        repeats: Rounds, each of which times everything once.
-    """
-    import torch
-
-    from minigpt2.bench.attention import SHAPES, bench_attention
-
-    if (batch is None) != (length is None):
-        raise ValueError("--batch and --length come together")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
-    shapes = SHAPES if batch is None or length is None else ((batch, length),)
-    bench_attention(shapes, dtype=getattr(torch, dtype), repeats=repeats)
-
-
-def bench_memory(
-    model: str = "gpt2",
-    batch: int = 4,
-    length: int = 1024,
-    dropout: float = 0.1,
-    every: tuple[int, ...] | None = None,
-    recompute: tuple[str, ...] = ("pointwise", "keep-attention", "block"),
-    steps: int = 3,
-    rounds: int = 1,
-    compare: bool = True,
-    out: Path | None = None,
-) -> None:
-    """Measure memory and time of training at every notch of the dials, each in its own process.
-
-    Args:
-        model: An official name.
-        batch: Sequences in a batch.
-        length: Tokens in a sequence.
-        dropout: All three dropouts.
-        every: Values of checkpoint_every to measure; all of them by default.
-        recompute: Values of recompute to measure.
-        steps: Steps in a process, of which the first is warm-up.
-        rounds: How often everything is measured, in turn.
-        compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
-        out: Write OUT.csv and OUT.png too.
-    """
-    from minigpt2.bench.memory import bench_memory
-
-    bench_memory(
-        model,
-        batch=batch,
-        length=length,
-        dropout=dropout,
-        every=every,
-        recompute=recompute,
-        steps=steps,
-        rounds=rounds,
-        compare=compare,
-        out=out,
-    )
-
-
-def bench_step(
-    model: str = "gpt2",
-    batch: int = 4,
-    length: int = 1024,
-    dropout: float = 0.0,
-    checkpoint_every: int = 0,
-    recompute: str = "block",
-    steps: int = 6,
-    rounds: int = 1,
-    compare: Literal["hf", "hf-tuned"] | None = None,
-    profile: bool = False,
-) -> None:
-    """Measure training steps: tokens a second, forward, backward, optimizer, memory, and the share of the roofline.
-
-    Args:
-        model: An official name.
-        batch: Sequences in a batch.
-        length: Tokens in a sequence.
-        dropout: All three dropouts.
-        checkpoint_every: The dial of recomputation.
-        recompute: What a recomputed block keeps.
-        steps: Steps in a process, of which the first is warm-up.
-        rounds: How often each process is run, in turn.
-        compare: Also run transformers, alternately, each in its own process: hf is as installed, hf-tuned with
-            tune_allocator() too.
-        profile: Also print where the time of a step goes.
-    """
-    from minigpt2.bench.step import bench_step
-
-    bench_step(
-        model,
-        batch=batch,
-        length=length,
-        dropout=dropout,
-        checkpoint_every=checkpoint_every,
-        recompute=recompute,
-        steps=steps,
-        rounds=rounds,
-        compare=compare,
-        profile=profile,
-    )
-
-
-BENCHMARKS: dict[str, Callable[..., None]] = {
-    "attention": bench_attention,
-    "memory": bench_memory,
-    "step": bench_step,
-}
-
-
 def bench() -> None:
     """Measure this machine: minigpt2 bench attention | memory | step."""
-    tyro.extras.subcommand_cli_from_dict(BENCHMARKS, prog="minigpt2 bench", args=sys.argv[2:])
+    from minigpt2.bench.attention import bench_attention
+    from minigpt2.bench.memory import bench_memory
+    from minigpt2.bench.step import bench_step
+
+    benchmarks: dict[str, Callable[..., object]] = {
+        "attention": bench_attention,
+        "memory": bench_memory,
+        "step": bench_step,
+    }
+    tyro.extras.subcommand_cli_from_dict(benchmarks, prog="minigpt2 bench", args=sys.argv[2:])
 
 
 def info() -> None:
@@ -309,15 +207,6 @@ def info() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"device: {device}; {torch.get_num_threads()} CPU threads, {capability}")
     print(f"attention: {explain_backend()}")
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def main() -> int:

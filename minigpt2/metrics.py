@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from minigpt2.config import GPT2Config
+from minigpt2.device import synchronize
 from minigpt2.files import written_whole
 
 __all__ = ["Metrics", "flops_per_token", "matmul_rate", "peak_memory", "plot_losses", "read_rows"]
@@ -131,19 +132,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         n, best = 2 * n, float("inf")
         a = torch.full((n, n), 0.5, device=device, dtype=dtype)
         for _ in range(3):
-            _wait_for(device)
+            synchronize(device)
             start = time.perf_counter()
             torch.mm(a, a)
-            _wait_for(device)
+            synchronize(device)
             best = min(best, time.perf_counter() - start)
     return 2.0 * n**3 / best
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if device.type == "mps":
-        torch.mps.synchronize()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -22,9 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from minigpt2.device import pick_device
 from minigpt2.model import GPT2
 
-__all__ = ["LossSum", "Processes", "distribute", "pick_device", "started", "unsynchronised"]
+__all__ = ["LossSum", "Processes", "distribute", "started", "unsynchronised"]
 
 
 @dataclass(frozen=True)
@@ -107,19 +108,6 @@ def started(device: str) -> Iterator[Processes]:
     # the last to let go of it, as it does so with the lock held.
     gc.collect()
     dist.destroy_process_group()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; auto is CUDA, else MPS, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = name.partition(":")[0]
-    if not available.get(kind, False):
-        raise ValueError(
-            f"--device {name} is not available; there is {', '.join(k for k, v in available.items() if v)}"
-        )
-    return torch.device(name)
 
 
 class LossSum(nn.Module):

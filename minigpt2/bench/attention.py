@@ -13,6 +13,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -46,16 +47,27 @@ def bench_attention(
     n_head: int = 12,
     head_dim: int = 64,
     dropouts: Sequence[float] = (0.0, 0.1),
-    dtype: torch.dtype = torch.float32,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     repeats: int = 7,
     least_seconds: float = 0.1,
     decode_shapes: Sequence[tuple[int, int]] = DECODE_SHAPES,
 ) -> list[Measurement]:
-    """Print the table for shapes (B, T), then that of generation, and return the rows of the first.
+    """Time the fused attention kernel against sdpa and a matrix product, and one step of generation against sdpa.
 
-    A measurement repeats its call for at least `least_seconds`.
+    Prints a table of each; returns the rows of the first.
+
+    Args:
+        shapes: Pairs: sequences in a batch, and tokens in each.
+        n_head: Attention heads.
+        head_dim: Width of a head.
+        dropouts: Dropout probabilities; the price of each is over the first.
+        dtype: What the tensors are.
+        repeats: Rounds, each of which times everything once.
+        least_seconds: A measurement repeats its call for at least so long.
+        decode_shapes: Pairs: sequences in a batch, and tokens in the cache that one query reads.
     """
     torch.manual_seed(0)
+    tensors = getattr(torch, dtype)
     print(header("attention"))
     print(f"{dtype}, H = {n_head}, D = {head_dim}; medians of {repeats} rounds")
     print(
@@ -63,7 +75,7 @@ def bench_attention(
     )
     rows = []
     for B, T in shapes:
-        for row in _bench_shape(B, T, n_head, head_dim, dropouts, dtype, repeats, least_seconds):
+        for row in _bench_shape(B, T, n_head, head_dim, dropouts, tensors, repeats, least_seconds):
             low, high = row.ratio_range
             print(
                 f"{f'B{B} T{T}':>10} {row.dropout_p:>4} {'fwd+bwd' if row.backward else 'fwd':>8} {row.rate:>8.0f}"
@@ -73,7 +85,7 @@ def bench_attention(
             )
             rows.append(row)
     if decode_shapes:
-        bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=dtype)
+        bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=tensors)
     return rows
 
 
