@@ -16,6 +16,8 @@ from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 
 __all__ = ["bench_step", "roofline_seconds"]
 
+SHAPES = OFFICIAL_SIZES | {"small": {"n_layer": 6, "n_head": 6, "n_embd": 192}}
+
 
 def bench_step(
     model: str = "gpt2",
@@ -27,7 +29,8 @@ def bench_step(
     recompute: str = "block",
     steps: int = 6,
     rounds: int = 1,
-    compare: Literal["hf"] | None = None,
+    compare: Literal["hf", "hf-tuned"] | None = None,
+    profile: bool = False,
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
 ) -> dict[str, list[Result]]:
     """Measure training steps (float32, AdamW): tokens a second, forward, backward, optimizer, memory, and the share of
@@ -38,7 +41,7 @@ def bench_step(
     over the step's time. Recomputation counts as time, not as work.
 
     Args:
-        model: An official name.
+        model: An official name, or small: 6 layers of width 192.
         batch: Sequences in a batch.
         length: Tokens in a sequence.
         dropout: All three dropouts.
@@ -46,16 +49,19 @@ def bench_step(
         recompute: What a recomputed block keeps.
         steps: Steps in a process, of which the first is warm-up.
         rounds: How often each process is run, in turn.
-        compare: Also run transformers (hf), alternately, each in its own process.
+        compare: Also run transformers, alternately, each in its own process: hf is as installed, hf-tuned with
+            tune_allocator() too.
+        profile: Also print where the time of a step goes, from one more process.
         config: Fields of GPT2Config: another shape than the official one.
     """
-    if model not in OFFICIAL_SIZES:
-        raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")
-    shape: dict[str, int] = config or dict(OFFICIAL_SIZES[model])
+    if model not in SHAPES:
+        raise ValueError(f"model must be one of {', '.join(SHAPES)}, got {model!r}")
+    shape: dict[str, int] = config or dict(SHAPES[model])
     ours = Job("minigpt2", shape, batch, length, dropout, checkpoint_every, recompute, steps=steps, tuned=True)
     jobs = {"minigpt2": ours}
     if compare:
-        jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=False)
+        tuned = compare == "hf-tuned"
+        jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=tuned)
     print(header("step"))
     print(f"{model}, batch {batch} x {length}, dropout {dropout}, float32, AdamW; {rounds} x {steps} steps")
     results: dict[str, list[Result]] = {name: [] for name in jobs}
@@ -80,7 +86,41 @@ def bench_step(
         pairs = zip(results["transformers"], results["minigpt2"], strict=True)
         ratios = [statistics.median(t.seconds) / statistics.median(o.seconds) for t, o in pairs]
         print(f"minigpt2 is {statistics.median(ratios):.2f} x as fast [{min(ratios):.2f}, {max(ratios):.2f}]")
+    if profile:
+        print(_profile_table(measure(dataclasses.replace(ours, profile=True))))
     return results
+
+
+# Where time goes: the operations, by the beginnings of their names, that each line of the profile adds up.
+_LINES = {
+    "matrix products": "aten::mm aten::addmm",
+    "attention": "minigpt2::attention aten::_scaled_dot_product",
+    "loss, beside its products": "minigpt2::linear_cross_entropy aten::_softmax aten::softmax aten::amax aten::gather "
+    "aten::scatter aten::log aten::where aten::masked_fill",
+    "LayerNorm": "aten::native_layer_norm",
+    "GELU": "aten::gelu",
+    "dropout and residual": "minigpt2::dropout_add aten::add aten::mul",
+    "gradients of the biases": "aten::sum",
+    "embedding": "aten::embedding aten::index",
+    "AdamW": "aten::_fused_adamw Optimizer. aten::zero_",
+}
+
+
+def _profile_table(result: Result) -> str:
+    """Percent of the profiled step on each of _LINES, and the operations that are most of the rest."""
+    total = result.forward[-1] + result.backward[-1] + result.optimizer[-1]
+    seconds = dict.fromkeys(_LINES, 0.0)
+    rest: dict[str, float] = {}
+    for name, time_taken in result.profile.items():
+        line = next((line for line, names in _LINES.items() if name.startswith(tuple(names.split()))), None)
+        if line is None:
+            rest[name] = time_taken
+        else:
+            seconds[line] += time_taken
+    most = ", ".join(sorted(rest, key=lambda name: -rest[name])[:4])
+    seconds[f"other operations ({most} ...)"] = sum(rest.values())
+    seconds["outside operations"] = total - sum(seconds.values())
+    return "\n".join(f"{taken / total:>7.1%}  {line}" for line, taken in seconds.items())
 
 
 def roofline_seconds(config: GPT2Config, batch: int, length: int, repeats: int = 3) -> float:
