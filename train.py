@@ -96,7 +96,7 @@ class TrainConfig:
     attention: str = "auto"
     """Attention backend: auto, eager, sdpa or fused."""
     compile: bool = False
-    """Compile the model's training step with torch.compile."""
+    """Compile the model's part of a training step with torch.compile; not with fsdp."""
     eval_every: int = 50
     """Steps between validations; there is one before the first step and one after the last in any case."""
     eval_batches: int = 8
@@ -104,7 +104,7 @@ class TrainConfig:
     seed: int = 0
     """Decides initial weights, dropout and the order of the data."""
     device: str = "auto"
-    """cpu, cuda, mps, or auto: the best there is."""
+    """cpu, cuda, cuda:N, mps, or auto: the best there is."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What matrix products are computed in; weights, optimizer and sums stay float32. fp16 scales the loss."""
     parallel: Literal["ddp", "fsdp"] | None = None
@@ -161,10 +161,8 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     if config.init is not None:
         model = GPT2.from_pretrained(config.init, **dials, **dropout)
     else:
-        shape = GPT2Config(
-            n_positions=config.length, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, **dropout
-        )
-        model = GPT2(shape, **dials)
+        shape: dict[str, Any] = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+        model = GPT2(GPT2Config(n_positions=config.length, **shape, **dropout), **dials)
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
