@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minigpt2.attention import attention, causal_mask, check_backend, masked_attention, split_heads
 from minigpt2.config import GPT2Config
 from minigpt2.dropout import dropout_add
+from minigpt2.gelu import gelu
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.recompute import check_checkpoint_every, check_recompute, recompute, recompute_input, segments
 
@@ -59,7 +60,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, product: Product) -> Tensor:
         h = product(lambda x: self.c_fc(norm(x)), x)  # (B, T, inner)
-        return product(lambda h: self.c_proj(F.gelu(h, approximate="tanh")), h)  # (B, T, C)
+        return product(lambda h: self.c_proj(gelu(h)), h)  # (B, T, C)
 
 
 class CausalSelfAttention(nn.Module):
