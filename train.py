@@ -1,7 +1,7 @@
 """Train a GPT-2, or fine-tune one.
 
-`python train.py` trains a small model for about two minutes on a 2-core machine, on the sources of Python's standard
-library, which are on every user's disk. `python train.py --help` lists the settings.
+`python train.py` trains a small model for about two minutes on 2 cores, on the sources of Python's standard library;
+`python train.py --help` lists the settings.
 
 A run folder holds the settings (train_config.json), the metrics of every step (metrics.jsonl, loss.png), snapshots of
 everything that decides the future of the run (snapshots/), the weights of the best validation (best/) and, at the end,
@@ -90,8 +90,7 @@ class TrainConfig:
     recompute: str = "block"
     """What a recomputed block keeps: block, keep-attention or pointwise."""
     memory_budget: str | None = None
-    """Choose the two settings above: the fastest that keep the process, or on an accelerator its tensors, within this
-    much memory, such as 4GiB."""
+    """Choose the two settings above: the fastest that keep the process (on CUDA, its tensors) within, say, 4GiB."""
     tune_allocator: bool = True
     """Keep and pack the memory of CPU tensors (minigpt2/allocator.cpp), instead of leaving it to the C library."""
     attention: str = "auto"
@@ -169,12 +168,12 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        settings = {"accumulate": config.accumulate, "device": device.type}
-        found = memory.notches(model.config, config.batch, config.length, **settings)
+        found = memory.notches(
+            model.config, config.batch, config.length, accumulate=config.accumulate, device=device.type
+        )
         chosen = memory.fastest_that_fits(found, memory.parse_bytes(config.memory_budget), baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        expected = f"{memory.format_bytes(chosen.peak + baseline)} expected"
-        print(f"checkpoint_every={chosen.checkpoint_every}, recompute={chosen.recompute!r}: {expected}")
+        print(f"{chosen.dials}: {memory.format_bytes(chosen.peak + baseline)} expected")
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
@@ -249,8 +248,8 @@ class Trainer(RunState):
 def train(trainer: Trainer, out: Path) -> int:
     """The loop: step, validate, log, snapshot. Returns 0, or the exit status of the signal that ended it."""
     config, processes = trainer.config, trainer.processes
-    yardstick = (config.length, trainer.device, DTYPES[config.precision], processes.world)
-    speedometer = Speedometer(trainer.model.config, *yardstick)
+    dtype = DTYPES[config.precision]
+    speedometer = Speedometer(trainer.model.config, config.length, trainer.device, dtype, processes.world)
     first = {}
     if trainer.step == 0:
         first["val_loss_before"] = trainer.best = trainer.validate()
@@ -269,9 +268,8 @@ def train(trainer: Trainer, out: Path) -> int:
             except NonFiniteError as error:
                 trainer.save(out / "snapshots", config.keep)
                 raise NonFiniteError(f"{error}; there is a snapshot from before, of step {trainer.step}") from None
+            row |= {"seconds": metrics.seconds} | (first if trainer.step == 1 else {})
             row |= speedometer.row(trainer.tokens - tokens, time.perf_counter() - began)
-            row |= {"seconds": metrics.seconds} | first
-            first = {}
             if trainer.step % config.eval_every == 0 or trainer.step == config.max_steps:
                 row["val_loss"] = trainer.validate()
                 trainer.say(f"step {trainer.step}: validation loss {trainer.val_loss:.4f}")
@@ -335,14 +333,7 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
     if processes.rank:  # process 0 goes on with the state that made the weights, as a single process does
         torch.manual_seed(seed_of(config.seed, 0, processes.rank))
     if config.resume:
-        found, passed_over = snapshot.newest(out / "snapshots")
-        for reason in passed_over:
-            trainer.say(f"passed over: {reason}")
-        if found is not None:
-            trainer.restore(found, DIALS)
-        elif passed_over:
-            raise ValueError(f"{out / 'snapshots'} has no whole snapshot; the reasons are above")
-        trainer.say(f"resuming from {found.path if found else 'the beginning: the run had no snapshot yet'}")
+        trainer.say("\n".join(trainer.resume(out / "snapshots", DIALS)))
     if processes.main:
         out.mkdir(parents=True, exist_ok=True)
         with written_whole(out / SETTINGS) as path:
@@ -363,15 +354,15 @@ def finish(trainer: Trainer, out: Path) -> None:
     if not trainer.processes.main:
         return
     print(f"saved {out}/model.safetensors; continue it with: minigpt2 generate --model {out} --prompt 'import '")
-    began_with = "those it began with: no validation was better than the first"
-    best = f"in {out}/best" if (out / "best").exists() else began_with
+    first = "those it began with: no validation was better than the first"
+    best = f"in {out}/best" if (out / "best").exists() else first
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
     print(f"the loss curve is {plot_losses(out)}")
     if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
         start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
         generator = torch.Generator(start.device).manual_seed(trainer.config.seed)
-        n_tokens = min(120, model.config.n_positions - 1)
-        ids = model.eval().generate(start, n_tokens, temperature=0.8, top_k=50, generator=generator)
+        n = min(120, model.config.n_positions - 1)
+        ids = model.eval().generate(start, n, temperature=0.8, top_k=50, generator=generator)
         print("a sample of its text:\n" + get_tokenizer().decode(ids[0, 1:].tolist()))
 
 

@@ -77,6 +77,11 @@ class Footprint:
     """Floating-point operations of what is recomputed."""
 
     @property
+    def dials(self) -> str:
+        """The setting, as Python writes it."""
+        return f"checkpoint_every={self.checkpoint_every}, recompute={self.recompute!r}"
+
+    @property
     def extra_work(self) -> float:
         """What is recomputed, as a share of the step's own operations."""
         return self.extra_flops / self.flops
@@ -205,10 +210,8 @@ def fastest_that_fits(found: list[Footprint], budget: int, baseline: int = 0) ->
     fitting = [f for f in found if f.peak + baseline <= budget]
     if not fitting:
         least = min(found, key=lambda f: f.peak)
-        raise ValueError(
-            f"nothing fits {format_bytes(budget)}: the least is {format_bytes(least.peak + baseline)}, with "
-            f"checkpoint_every={least.checkpoint_every}, recompute={least.recompute!r}"
-        )
+        needs = f"{format_bytes(least.peak + baseline)}, with {least.dials}"
+        raise ValueError(f"nothing fits {format_bytes(budget)}: the least is {needs}")
     return min(fitting, key=lambda f: (f.extra_flops, f.peak))
 
 

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from minigpt2 import build
 from minigpt2.device import pick_device
 from minigpt2.model import GPT2
 
@@ -136,10 +137,12 @@ def distribute(
     model: GPT2, mode: Literal["ddp", "fsdp"] | None, processes: Processes, *, compile: bool = False
 ) -> nn.Module:
     """A LossSum of the model whose gradients are the mean over processes. `model`, which must be the same everywhere,
-    keeps its names; with fsdp its parameters become shards (DTensors), a group for each block. Raises ValueError for
-    fsdp with `compile`: its hooks at each block do not go into one graph."""
+    keeps its names; with fsdp its parameters become shards (DTensors), a group for each block. Raises ValueError where
+    `compile` cannot be: with fsdp, whose hooks at each block do not go into one graph, and without a C++ compiler."""
     if compile and mode == "fsdp":
         raise ValueError("--compile cannot be combined with --parallel fsdp")
+    if compile and processes.device.type == "cpu" and isinstance(reason := build.kernel(), str):
+        raise ValueError(f"--compile needs a C++ compiler: {reason}")
     network: nn.Module = LossSum(model, compile=compile)
     if mode == "ddp":
         ids = [processes.device.index] if processes.device.type == "cuda" else None

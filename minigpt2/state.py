@@ -67,6 +67,17 @@ class RunState:
         self.processes.wait()
         self.saved_step = self.step
 
+    def resume(self, root: Path, dials: Collection[str]) -> list[str]:
+        """Go on from the newest snapshot under `root` that is whole; there is nothing to do where there was none yet.
+        Returns what to tell the user. Raises SnapshotError if all of them are damaged, or as `restore` does."""
+        found, passed_over = snapshot.newest(root)
+        if found is not None:
+            self.restore(found, dials)
+        elif passed_over:
+            raise snapshot.SnapshotError(f"{root} has no whole snapshot: {'; '.join(passed_over)}")
+        said = f"resuming from {found.path if found else 'the beginning: the run had no snapshot yet'}"
+        return [*(f"passed over: {reason}" for reason in passed_over), said]
+
     def restore(self, saved: snapshot.Snapshot, dials: Collection[str]) -> None:
         """Go on from a snapshot. Raises SnapshotError, with nothing changed, if it is of other data or of settings that
         differ in more than `dials`."""

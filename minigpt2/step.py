@@ -4,7 +4,7 @@ precision, on any number of processes."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,10 +25,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Batch = tuple[Tensor, Tensor]
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Matrix products in `precision`, the rest in float32."""
+    if precision == "fp32":
+        return nullcontext()
     # Without its cache, which would keep a copy of every weight alive and which helps only weights that are used twice.
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
+    return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
 
 
 def accumulate_gradients(

@@ -73,6 +73,17 @@ def test_a_run_resumed_at_a_position_draws_what_the_uninterrupted_one_draws(n):
     assert firsts(after, 40) == whole[3 * n :]
 
 
+def test_batches_that_were_prepared_are_those_that_come_and_move_no_position():
+    whole, prepared = Batches(TOKENS, 3, 10, seed=7), Batches(TOKENS, 3, 10, seed=7)
+    for _ in range(30):
+        prepared.prepare(2)
+        assert prepared.position == whole.position
+        assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(next(prepared), next(whole), strict=True))
+    prepared.prepare(2)
+    prepared.position = whole.position = 1  # as when a snapshot is restored
+    assert torch.equal(next(prepared)[0], next(whole)[0])
+
+
 def test_drawing_leaves_the_global_random_states_alone():
     np.random.seed(0)
     torch.manual_seed(0)

@@ -60,6 +60,16 @@ def test_gradients_of_earlier_micro_batches_are_counted() -> None:
     assert more.peak - one.peak == pytest.approx(memory.PACKING * one.weights, rel=0.01)
 
 
+def test_an_accelerators_dropout_keeps_masks_and_its_peak_is_of_tensors() -> None:
+    here, there = (footprint(GPT2Config(), 4, 1024, device=device) for device in ("cpu", "cuda"))
+    assert there.activations - here.activations == 12 * 2 * 4 * 1024 * 768
+    still = GPT2Config().replace(resid_pdrop=0.0)
+    here, there = (footprint(still, 4, 1024, device=device) for device in ("cpu", "cuda"))
+    assert there.activations == here.activations
+    tensors = (here.peak - memory.RUNTIME_BYTES) / memory.PACKING
+    assert there.peak - memory.WORKSPACE_BYTES == pytest.approx(tensors)
+
+
 def test_extra_work_is_that_of_the_recomputed_blocks() -> None:
     config = GPT2Config()
     tokens = 4 * 1024

@@ -31,6 +31,7 @@ def bench_step(
     steps: int = 6,
     rounds: int = 1,
     compare: Literal["hf", "hf-tuned"] | None = None,
+    compile: bool = False,
     profile: bool = False,
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
 ) -> dict[str, list[Result]]:
@@ -52,6 +53,7 @@ def bench_step(
         rounds: How often each process is run, in turn.
         compare: Also run transformers, alternately, each in its own process: hf is as installed, hf-tuned with
             tune_allocator() too.
+        compile: Also run minigpt2 compiled (torch.compile), alternately, each in its own process.
         profile: Also print where the time of a step goes, from one more process.
         config: Fields of GPT2Config: another shape than the official one.
     """
@@ -60,6 +62,8 @@ def bench_step(
     shape: dict[str, int] = config or dict(SHAPES[model])
     ours = Job("minigpt2", shape, batch, length, dropout, checkpoint_every, recompute, steps=steps, tuned=True)
     jobs = {"minigpt2": ours}
+    if compile:
+        jobs["compiled"] = dataclasses.replace(ours, compile=True)
     if compare:
         tuned = compare == "hf-tuned"
         jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=tuned)
@@ -83,10 +87,11 @@ def bench_step(
             f"{max(r.peak for r in found) / 2**30:.2f} GiB, roofline share "
             f"{statistics.median(rooflines) / median:.2f}".format(*parts)
         )
-    if compare:
-        pairs = zip(results["transformers"], results["minigpt2"], strict=True)
+    for peer in list(jobs)[1:]:
+        pairs = zip(results[peer], results["minigpt2"], strict=True)
         ratios = [statistics.median(t.seconds) / statistics.median(o.seconds) for t, o in pairs]
-        print(f"minigpt2 is {statistics.median(ratios):.2f} x as fast [{min(ratios):.2f}, {max(ratios):.2f}]")
+        spread = f"[{min(ratios):.2f}, {max(ratios):.2f}]"
+        print(f"minigpt2 is {statistics.median(ratios):.2f} x as fast as {peer} {spread}")
     if profile:
         print(_profile_table(measure(dataclasses.replace(ours, profile=True))))
     return results

@@ -42,6 +42,8 @@ class Job:
     """Recycle memory, as train.py does (tune_allocator)."""
     threads: int | None = None
     """CPU threads; None leaves torch's own choice."""
+    compile: bool = False
+    """Compile minigpt2's loss, as train.py --compile does."""
     profile: bool = False
     """Run the last step under PyTorch's profiler."""
 
@@ -115,7 +117,11 @@ def _run(job: Job) -> Result:
         config = GPT2Config(**(job.config | dropout))
         dials: dict[str, Any] = {"checkpoint_every": job.checkpoint_every, "recompute": job.recompute}
         model = GPT2(config, attention=job.attention, **dials)
-        vocab = config.vocab_size
+        vocab, loss_of = config.vocab_size, model.loss
+        if job.compile:
+            from minigpt2.parallel import compiled
+
+            loss_of = compiled(model.loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(vocab, (job.batch, job.length + 1))
     times: list[list[float]] = []
@@ -127,7 +133,7 @@ def _run(job: Job) -> Result:
         if job.library == "transformers":
             loss = model(ids[:, :-1], labels=ids[:, :-1]).loss
         else:
-            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss = loss_of(ids[:, :-1], ids[:, 1:])
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
