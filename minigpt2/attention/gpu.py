@@ -16,27 +16,60 @@ q, k and v are read where the projection left them, in the packed (B, T, 3C) ten
 repeat its last row: nothing is out of bounds, and what they add is 0 or never stored. Exponentials are to base 2,
 because that is the instruction; a factor of log2(e) is part of the scale. Sums are float32.
 
-A product on the diagonal multiplies masked pairs by 0, and 0 * NaN would carry a NaN to rows that do not see it. So on
-tiles of the diagonal what is not finite is set to 0 before a product, and put back where it is seen.
+Unlike the CPU's, a product on the diagonal multiplies masked pairs by 0, and 0 * NaN is NaN. So what is not finite may
+reach rows of its own tile that do not see it, but none before that tile. (To clear it out of the operands was tried: it
+takes so many registers that about half as many programs fit on a GPU.)
 
 This module imports Triton; fused.py imports this module when the first CUDA tensor comes.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+
+class Tiles(NamedTuple):
+    """A way to cut the work of one kernel: query rows and keys of a tile, and what a program of it runs with."""
+
+    rows: int
+    keys: int  # a multiple of 32, the period of the dropout mask
+    warps: int
+    stages: int  # tiles under way from memory at a time
+
+
+# What is tried, by kernel, bytes of an element and head size (the next power of two, from 64 on). A program's sums and
+# scores must fit in its threads' registers, 255 each, or they spill to memory; and its tiles in shared memory, or it
+# does not start: 99 KiB on capability 8.6, 8.9 and 12.0, 163 on 8.0, and 227 on 9.0, where operands lie there that are
+# in registers elsewhere. tests/attention/compile_for_gpus.py checks. float32 has small tiles: without tf32 it cannot
+# use the matrix units, and products take more registers.
+TILES = {
+    ("forward", 2, 64): [Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 3), Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 3)],
+    ("forward", 2, 128): [Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)],
+    ("forward", 2, 256): [Tiles(64, 32, 8, 2)],
+    ("forward", 4, 64): [Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2)],
+    ("forward", 4, 128): [Tiles(16, 32, 8, 1)],
+    ("queries", 2, 64): [Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 3)],
+    ("queries", 2, 128): [Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(128, 32, 8, 2)],
+    ("queries", 2, 256): [Tiles(32, 32, 8, 1)],
+    ("queries", 4, 64): [Tiles(32, 32, 8, 1)],
+    ("queries", 4, 128): [Tiles(32, 32, 16, 1)],
+    ("keys", 2, 64): [Tiles(64, 64, 4, 2), Tiles(64, 128, 8, 2), Tiles(32, 64, 4, 3)],
+    ("keys", 2, 128): [Tiles(32, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 4, 2)],
+    ("keys", 2, 256): [Tiles(32, 32, 8, 1)],
+    ("keys", 4, 64): [Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)],
+    ("keys", 4, 128): [Tiles(16, 32, 8, 1)],
+}
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's: unlike -inf, it can be subtracted from itself
-NO_ROW = tl.constexpr(2**31 - 1)
 
 
 # Dropout: the mask that cpu.cpp defines.
@@ -60,7 +93,8 @@ def row_key(seed, constant: tl.constexpr, head, rows):
 
 @triton.jit
 def kept(first, columns, key0, key1, threshold):
-    """Whether the pairs of rows (their keys) and columns first + columns are kept; first is a multiple of 32."""
+    """Whether the pairs of rows (given by their keys) and columns first + columns are kept; first a multiple of 32."""
+    # Written so, the compiler sees that columns 16 apart share a word, and computes it once where a thread has both.
     word = (first // 2 + columns // 32 * 16 + columns % 16).to(tl.uint32)
     x = word * 0x9E3779B9 + key0
     x ^= x >> 16
@@ -79,11 +113,7 @@ def load_tile(head, stride, rows, T, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
     """(rows, WIDTH) of one head: its HEAD_DIM columns, then zeros."""
     columns = tl.arange(0, WIDTH)
     pointers = head + (tl.minimum(rows, T - 1).to(tl.int64) * stride)[:, None] + columns[None, :]
-    if HEAD_DIM == WIDTH:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=columns[None, :] < HEAD_DIM, other=0.0)
-    return tile
+    return tl.load(pointers) if HEAD_DIM == WIDTH else tl.load(pointers, mask=columns[None, :] < HEAD_DIM, other=0.0)
 
 
 @triton.jit
@@ -92,23 +122,6 @@ def store_tile(head, stride, rows, T, tile, HEAD_DIM: tl.constexpr, WIDTH: tl.co
     pointers = head + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
     inside = (rows < T)[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(pointers, tile.to(head.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def finite(tile):
-    """The tile with 0 for what is infinite or NaN."""
-    return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), tile, 0.0).to(tile.dtype)
-
-
-@triton.jit
-def first_not_finite(tile, rows):
-    """For each column, the first row that has something infinite or NaN there."""
-    return tl.min(tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), NO_ROW, rows[:, None]), axis=0)
-
-
-@triton.jit
-def last_not_finite(tile, rows):
-    return tl.max(tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), -1, rows[:, None]), axis=0)
 
 
 @triton.jit
@@ -142,14 +155,11 @@ def forward_tiles(
         if DROPOUT:
             p = tl.where(kept(first, columns[None, :], key0[:, None], key1[:, None], threshold), p, 0.0)
         v = load_tile(v_head, stride, first + columns, T, HEAD_DIM, WIDTH)
-        if EDGE:
-            total = tl.where(rows[:, None] >= first_not_finite(v, first + columns)[None, :], float("nan"), total)
-            v = finite(v)
         total = tl.dot(p.to(v.dtype), v, total, input_precision=PRECISION)
     return total, top, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "threshold"])
 def forward_kernel(
     qkv, out, lse, seed, stride_batch, stride_row, T, H, scale, threshold, keep_scale, LENGTH,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -208,13 +218,11 @@ def query_tiles(
         ds = p * (dp - delta[:, None])
         if EDGE:
             ds = tl.where(rows[:, None] >= first + columns[None, :], ds, 0.0)
-            dq = tl.where(rows[:, None] >= first_not_finite(k, first + columns)[None, :], float("nan"), dq)
-            k = finite(k)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "threshold"])
 def query_kernel(
     qkv, grad_out, out, lse, delta, grad_qkv, seed, stride_batch, stride_row, grad_stride_batch, grad_stride_row,
     T, H, scale, threshold, keep_scale, LENGTH,
@@ -284,15 +292,12 @@ def key_tiles(
             seen = keys[:, None] <= rows[None, :]
             kept_p = tl.where(seen, kept_p, 0.0)
             ds = tl.where(seen, ds, 0.0)
-            dv = tl.where(keys[:, None] <= last_not_finite(grad, rows)[None, :], float("nan"), dv)
-            dk = tl.where(keys[:, None] <= last_not_finite(q, rows)[None, :], float("nan"), dk)
-            grad, q = finite(grad), finite(q)
         dv = tl.dot(kept_p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "threshold"])
 def key_kernel(
     qkv, grad_out, lse, delta, grad_qkv, seed, stride_batch, stride_row, grad_stride_batch, grad_stride_row,
     T, H, scale, threshold, keep_scale, LENGTH,
@@ -327,3 +332,118 @@ def key_kernel(
     dk_head = grad_qkv + batch * T * 3 * H * HEAD_DIM + H * HEAD_DIM + column
     store_tile(dk_head, 3 * H * HEAD_DIM, keys, T, dk * scale, HEAD_DIM, WIDTH)
     store_tile(dk_head + H * HEAD_DIM, 3 * H * HEAD_DIM, keys, T, dv * keep_scale, HEAD_DIM, WIDTH)
+
+
+# Calling them.
+
+KERNELS = {"forward": forward_kernel, "queries": query_kernel, "keys": key_kernel}
+
+
+def tiles_for(kernel: str, dtype: torch.dtype, head_dim: int) -> list[Tiles]:
+    """The tile sizes to choose from."""
+    return TILES[kernel, dtype.itemsize, max(64, triton.next_power_of_2(head_dim))]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed: "tf32" where torch is told that its own may be, else "ieee"."""
+    matmul: Any = torch.backends.cuda.matmul
+    # The older switch cannot be read once the newer one, where torch has it, was used.
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
+
+
+def forward(
+    qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None, *, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """The operation minigpt2::attention of fused.py, whose arguments these are, checked; seed is on qkv's device.
+
+    qkv (B, T, 3C), float16, bfloat16 or float32, its last stride 1 -> (B, T, C) and the log-sum-exp (B, H, T), float32.
+    On CPU tensors it runs in Triton's interpreter, if TRITON_INTERPRET=1 was set before Triton was imported. `tiles`
+    leaves out the choosing.
+    """
+    B, T, width = qkv.shape
+    out = qkv.new_empty((B, T, width // 3))
+    lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
+    tensors = {"qkv": qkv, "out": out, "lse": lse, "seed": seed if dropout_p else None}
+    strides = {"stride_batch": qkv.stride(0), "stride_row": qkv.stride(1)}
+    _launch("forward", {**tensors, **strides, **_common(qkv, n_head, dropout_p)}, B * n_head, "ROWS", tiles)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_head: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    tiles: tuple[Tiles, Tiles] | None = None,
+) -> Tensor:
+    """The operation minigpt2::attention_backward: the gradient of qkv, packed like it; `out` and `lse` contiguous.
+
+    `tiles` are those of the queries' kernel and of the keys'.
+    """
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    delta = torch.empty_like(lse)
+    arguments = {
+        **{"qkv": qkv, "grad_out": grad_out, "lse": lse, "delta": delta, "grad_qkv": grad_qkv},
+        **{"seed": seed if dropout_p else None, "stride_batch": qkv.stride(0), "stride_row": qkv.stride(1)},
+        **{"grad_stride_batch": grad_out.stride(0), "grad_stride_row": grad_out.stride(1)},
+        **_common(qkv, n_head, dropout_p),
+    }
+    of_queries, of_keys = tiles or (None, None)
+    _launch("queries", {**arguments, "out": out}, lse.shape[0] * n_head, "ROWS", of_queries)
+    _launch("keys", arguments, lse.shape[0] * n_head, "KEYS", of_keys)
+    return grad_qkv
+
+
+def _common(qkv: Tensor, n_head: int, dropout_p: float) -> dict[str, Any]:
+    T, head_dim = qkv.shape[1], qkv.shape[2] // 3 // n_head
+    return {
+        "T": T,
+        "H": n_head,
+        "scale": 1 / math.sqrt(head_dim),
+        "threshold": int(dropout_p * 65536 + 0.5),
+        "keep_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        "LENGTH": min(max(triton.next_power_of_2(T), 128), 4096),  # for the choice of tiles alone
+        "HEAD_DIM": head_dim,
+        "WIDTH": triton.next_power_of_2(head_dim),
+        "DROPOUT": dropout_p > 0,
+        "PRECISION": precision(qkv.dtype),
+    }
+
+
+def _launch(kernel: str, arguments: dict[str, Any], heads: int, block: str, tiles: Tiles | None) -> None:
+    """Run a kernel with one program for each head and block, of as many rows or keys as `block` says."""
+    qkv, T = arguments["qkv"], arguments["T"]
+    if not heads * T:
+        return
+    choices = tiles_for(kernel, qkv.dtype, arguments["HEAD_DIM"])
+    if tiles is None and not qkv.is_cuda:
+        tiles = choices[0]
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (heads * triton.cdiv(T, meta[block]),)
+
+    with torch.cuda.device_of(qkv):
+        if tiles is None:
+            _tuned(kernel, tuple(choices))[grid](**arguments)
+        else:
+            KERNELS[kernel][grid](**arguments, **config(tiles).all_kwargs())
+
+
+def config(tiles: Tiles) -> Any:
+    return triton.Config({"ROWS": tiles.rows, "KEYS": tiles.keys}, num_warps=tiles.warps, num_stages=tiles.stages)
+
+
+@functools.cache
+def _tuned(kernel: str, choices: tuple[Tiles, ...]) -> Any:
+    """The kernel with its tiles chosen by timing, at the first call for each combination of the key's values.
+
+    The choice is kept on disk with the compiled kernels: another process must not choose otherwise, or a resumed run
+    would round otherwise. Tiles that do not fit on the device are left out of the choice by Triton.
+    """
+    key = ["HEAD_DIM", "LENGTH", "DROPOUT", "PRECISION"]  # and, of itself, the dtypes
+    return triton.autotune([config(tiles) for tiles in choices], key=key, cache_results=True)(KERNELS[kernel])
