@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,12 @@ IMPLEMENTATIONS = ["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.
 DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float64]}
 DTYPES["interpreter"] = DTYPES["cuda"] = [torch.float32, torch.bfloat16, torch.float16]
 SEED = 0x0123_4567_89AB_CDEF
+
+
+def for_each(cases: Iterable[tuple[Any, ...]], interpreted: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Parameters (implementation, *case) of a test: all cases, and fewer for the interpreter."""
+    cuda = [pytest.param("cuda", *case, marks=pytest.mark.cuda) for case in cases]
+    return [("cpu", *case) for case in cases] + [("interpreter", *case) for case in interpreted] + cuda
 
 
 class Operation:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from implementations import DTYPES, SEED, operation
+from implementations import DTYPES, SEED, for_each, operation
 
 from minigpt2.attention import attention
 from minigpt2.attention.eager import split_heads
@@ -17,15 +17,21 @@ SHAPES += [(1, 70, 2, D) for D in (16, 32, 48, 80, 112, 128, 256)] + [(1, 400, 1
 
 
 def grid():
-    """(implementation, B, T, H, D, dtype, p); the long ones in the interpreter have one head."""
+    """(implementation, B, T, H, D, dtype, p); fewer in the interpreter, and the long ones with one head."""
+    cases = []
     for name, dtypes in DTYPES.items():
         for (B, T, H, D), dtype, p in itertools.product(SHAPES, dtypes, (0.0, 0.1)):
-            if name != "interpreter" or T < 400:
-                served = name == "cpu" or D <= 128 or dtype != torch.float32
-                if served:
-                    yield pytest.param(name, B, T, H, D, dtype, p, marks=[pytest.mark.cuda] if name == "cuda" else [])
-            elif (dtype, p) in ((torch.float32, 0.0), (torch.bfloat16, 0.1)):
-                yield name, 1, T, 1, D, dtype, p
+            if name != "cpu" and dtype == torch.float32 and D > 128:
+                continue
+            if name == "interpreter":
+                if (T >= 200 and (dtype, p) != (torch.bfloat16, 0.1)) or (dtype, p) in (
+                    (torch.bfloat16, 0.0),
+                    (torch.float16, 0.1),
+                ):
+                    continue
+                H = 1 if T >= 200 else min(H, 2)
+            cases.append(pytest.param(name, B, T, H, D, dtype, p, marks=[pytest.mark.cuda] if name == "cuda" else []))
+    return cases
 
 
 def forward_and_gradients(function, qkv, grad):
@@ -54,7 +60,9 @@ def test_error_is_at_most_twice_that_of_eager(op, B, T, H, D, dtype, p, eager):
     for name, e, a, b in zip(("out", "dq", "dk", "dv"), exact, plain, fused, strict=True):
         assert b.dtype == dtype
         if e.norm() < 1e-6 * size:
-            assert (b.double() - e).norm() <= 2 * (a.double() - e).norm() + floor * size, name
+            # Eager has exactly 0 there, and so has the C++ kernel; the Triton kernels take delta from the output.
+            roundings = 1 if op.tile == 1 else 4
+            assert (b.double() - e).norm() <= 2 * (a.double() - e).norm() + roundings * floor * size, name
         else:
             assert relative_error(b, e) <= 2 * relative_error(a, e) + floor, name
 
@@ -99,9 +107,10 @@ def test_extreme_inputs_stay_finite_where_eager_does(op, name, p, eager):
         assert (b.isfinite() | ~e.isfinite()).all()
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("row", [0, 5, 40, 64, 129])
+NAN_CASES = list(itertools.product([0, 5, 40, 64, 129], [math.nan, math.inf], [0.0, 0.1]))
+
+
+@pytest.mark.parametrize(("op", "row", "value", "p"), for_each(NAN_CASES, NAN_CASES[3::5]), indirect=["op"])
 def test_nan_reaches_only_the_rows_that_see_it(op, row, value, p):
     """Or, in the Triton kernels, no row before those of its own tile; and no other head."""
     torch.manual_seed(0)
@@ -152,7 +161,7 @@ def test_nan_in_the_gradient_reaches_only_what_depends_on_it(op, row):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("B", "T", "H", "D"), [(1, 1000, 1, 64), (2, 300, 3, 64), (1, 431, 1, 128), (1, 50, 2, 16)])
 def test_threads_do_not_change_a_bit(B, T, H, D, dtype, threads):
-    """In C++. One head over three threads takes the backward pass of two passes, three heads and one thread the other."""
+    """In C++, where one head over three threads takes a backward pass of two passes, three heads and one thread not."""
     torch.manual_seed(0)
     cpu = operation("cpu")
     qkv, grad = torch.randn(B, T, 3 * H * D).to(dtype), torch.randn(B, T, H * D).to(dtype)

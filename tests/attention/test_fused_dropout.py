@@ -16,8 +16,7 @@ def dtype_of(op):
     return torch.float32 if op.device == "cpu" and op.tile == 1 else torch.bfloat16
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("seed", "p"), [*((seed, 0.1) for seed in SEEDS), (SEEDS[-2], 0.5), (SEEDS[-1], 0.9)])
 def test_the_kernel_applies_the_documented_mask(op, seed, p):
     """With q = k = 0 and v the identity, the output is the matrix of probabilities itself."""
     B, H, T = 2, 2, 240
