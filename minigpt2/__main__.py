@@ -176,14 +176,19 @@ def plan(
 
 
 def bench_attention(
-    batch: int | None = None, length: int | None = None, dtype: str = "float32", repeats: int = 7
+    batch: int | None = None,
+    length: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    repeats: int = 7,
 ) -> None:
     """Time the fused attention kernel against sdpa and a matrix product.
 
     Args:
         batch: Sequences; with --length, one shape of your own instead of the usual three.
         length: Tokens in a sequence.
-        dtype: float32 or bfloat16.
+        dtype: float32 or bfloat16; on CUDA also float16.
+        device: cpu or cuda.
         repeats: Rounds, each of which times everything once.
     """
     import torch
@@ -192,10 +197,11 @@ def bench_attention(
 
     if (batch is None) != (length is None):
         raise ValueError("--batch and --length come together")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+    if dtype not in ("float32", "bfloat16", "float16") or (dtype, device) == ("float16", "cpu"):
+        raise ValueError(f"--dtype must be float32 or bfloat16, or on CUDA float16; got {dtype!r} on {device}")
+    _check_device(device)
     shapes = SHAPES if batch is None or length is None else ((batch, length),)
-    bench_attention(shapes, dtype=getattr(torch, dtype), repeats=repeats)
+    bench_attention(shapes, dtype=getattr(torch, dtype), device=device, repeats=repeats)
 
 
 def bench_memory(

@@ -2,7 +2,8 @@
 
 Every round times everything once, one after the other in one process, from the same packed tensor, so that what slows
 the machine slows all of them; the figures are medians over rounds, and a ratio is taken within its round. Each call
-allocates its own output and gradient, for both. A forward pass is 2 matrix products and a backward pass 5 (one of them
+allocates its own output and gradient, for both. On CUDA the device is waited for before and after the calls of a
+measurement, and tiles are chosen before it. A forward pass is 2 matrix products and a backward pass 5 (one of them
 rebuilds the scores), each 2 * T^2 * D operations a head; half of that is counted, because half of the pairs are masked.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from minigpt2.attention import attention
+from minigpt2.attention import attention, resolve_backend
 from minigpt2.attention.fused import decode
 from minigpt2.bench.header import header
 
@@ -47,23 +48,27 @@ def bench_attention(
     head_dim: int = 64,
     dropouts: Sequence[float] = (0.0, 0.1),
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     repeats: int = 7,
     least_seconds: float = 0.1,
     decode_shapes: Sequence[tuple[int, int]] = DECODE_SHAPES,
 ) -> list[Measurement]:
-    """Print the table for shapes (B, T), then that of generation, and return the rows of the first.
+    """Print the table for shapes (B, T), then (on the CPU) that of generation, and return the rows of the first.
 
-    A measurement repeats its call for at least `least_seconds`.
+    A measurement repeats its call for at least `least_seconds`. On CUDA a line at the end says whether the fused kernel
+    was the faster one in training, everywhere, which is what would make it `"auto"` there.
     """
     torch.manual_seed(0)
+    resolve_backend("fused", torch.device(device).type, dtype, head_dim)  # or raise, with the reason
     print(header("attention"))
-    print(f"{dtype}, H = {n_head}, D = {head_dim}; medians of {repeats} rounds")
+    on = f"{torch.cuda.get_device_name(device)}, " if torch.device(device).type == "cuda" else ""
+    print(f"{on}{dtype}, H = {n_head}, D = {head_dim}; medians of {repeats} rounds")
     print(
         f"{'shape':>10} {'p':>4} {'pass':>8} {'GFLOP/s':>8} {'x sdpa':>7} {'(range)':>14} {'of mm':>6} {'dropout':>8}"
     )
     rows = []
     for B, T in shapes:
-        for row in _bench_shape(B, T, n_head, head_dim, dropouts, dtype, repeats, least_seconds):
+        for row in _bench_shape(B, T, n_head, head_dim, dropouts, dtype, device, repeats, least_seconds):
             low, high = row.ratio_range
             print(
                 f"{f'B{B} T{T}':>10} {row.dropout_p:>4} {'fwd+bwd' if row.backward else 'fwd':>8} {row.rate:>8.0f}"
@@ -72,7 +77,13 @@ def bench_attention(
                 flush=True,
             )
             rows.append(row)
-    if decode_shapes:
+    if on and rows:
+        slowest = min((row for row in rows if row.backward), key=lambda row: row.ratio)
+        verdict = "faster" if slowest.ratio > 1 else "not faster"
+        print(
+            f"forward and backward: fused is {verdict} than sdpa at every shape; its least ratio is {slowest.ratio:.2f}"
+        )
+    elif decode_shapes:
         bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=dtype)
     return rows
 
@@ -117,12 +128,15 @@ def _bench_shape(
     head_dim: int,
     dropouts: Sequence[float],
     dtype: torch.dtype,
+    device: str,
     repeats: int,
     least_seconds: float,
 ) -> list[Measurement]:
-    qkv = torch.randn(B, T, 3 * n_head * head_dim).to(dtype).requires_grad_()
-    grad = torch.randn(B, T, n_head * head_dim).to(dtype)
-    a, b = torch.randn(2, 1024, 1024).to(dtype)
+    qkv = torch.randn(B, T, 3 * n_head * head_dim).to(device, dtype).requires_grad_()
+    grad = torch.randn(B, T, n_head * head_dim).to(device, dtype)
+    wait = torch.cuda.synchronize if qkv.is_cuda else _nothing
+    side = 8192 if qkv.is_cuda else 1024  # of the matrix product: enough work for the device
+    a, b = torch.randn(2, side, side).to(device, dtype)
     forward_flops = 2 * B * n_head * T * T * head_dim
 
     def run(backend: str, p: float, backward: bool) -> None:
@@ -137,11 +151,14 @@ def _bench_shape(
     mm_rates: list[float] = []
     ours: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
     peer: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
-    for _ in range(repeats):
-        mm_rates.append(2 * 1024**3 / _seconds(lambda: torch.mm(a, b), least_seconds))
+    if qkv.is_cuda:
         for p, backward in cases:
-            ours[p, backward].append(_seconds(functools.partial(run, "fused", p, backward), least_seconds))
-            peer[p, backward].append(_seconds(functools.partial(run, PEER, p, backward), least_seconds))
+            run("fused", p, backward)
+    for _ in range(repeats):
+        mm_rates.append(2 * side**3 / _seconds(lambda: torch.mm(a, b), least_seconds, wait))
+        for p, backward in cases:
+            ours[p, backward].append(_seconds(functools.partial(run, "fused", p, backward), least_seconds, wait))
+            peer[p, backward].append(_seconds(functools.partial(run, PEER, p, backward), least_seconds, wait))
 
     rows = []
     for p, backward in cases:
@@ -165,12 +182,20 @@ def _bench_shape(
     return rows
 
 
-def _seconds(call: Callable[[], object], least_seconds: float) -> float:
-    """Seconds a call, over as many calls as fill `least_seconds`."""
-    calls, start = 0, time.perf_counter()
+def _nothing() -> None:
+    pass
+
+
+def _seconds(call: Callable[[], object], least_seconds: float, wait: Callable[[], None] = _nothing) -> float:
+    """Seconds a call, over as many calls as fill `least_seconds`; `wait` returns when the device has done its work."""
+    wait()
+    calls, burst, start = 0, 1, time.perf_counter()
     while True:
-        call()
-        calls += 1
+        for _ in range(burst):  # a device that works behind Python's back is not waited for after every call
+            call()
+        wait()
+        calls += burst
         elapsed = time.perf_counter() - start
         if elapsed >= least_seconds:
             return elapsed / calls
+        burst = burst if wait is _nothing else 2 * burst
