@@ -1,4 +1,7 @@
-"""The command line: `minigpt2 VERB`, where each verb calls one function."""
+"""The command line: `minigpt2 VERB`, where each verb calls one function.
+
+What a verb needs is imported when it is called, so that the others start fast.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     attention: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Continue a prompt, printing the text as it comes.
 
@@ -41,19 +44,19 @@ def generate(
         top_p: Sample from the smallest set of tokens that has this probability.
         seed: Makes the sampling repeatable.
         attention: Attention backend.
-        device: Where to run, such as cpu or cuda.
+        device: cpu, cuda, cuda:N, mps, or auto: the best there is.
     """
     import torch
 
+    from minigpt2.device import pick_device
     from minigpt2.generate import stream
     from minigpt2.model import GPT2
     from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
-    _check_device(device)
-    tokenizer = get_tokenizer()
-    network = GPT2.from_pretrained(model, attention=attention).to(device)
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    place, tokenizer = pick_device(device), get_tokenizer()
+    network = GPT2.from_pretrained(model, attention=attention).to(place)
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=place)
+    generator = None if seed is None else torch.Generator(place).manual_seed(seed)
     tokens = stream(
         network,
         ids,
@@ -82,7 +85,7 @@ def evaluate(
     length: int | None = None,
     batch: int = 8,
     attention: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Score a text of any length: loss, perplexity, bits per byte and number of tokens.
 
@@ -93,14 +96,15 @@ def evaluate(
         length: Tokens of context, at most. Default: the model's context length.
         batch: Windows at a time.
         attention: Attention backend.
-        device: Where to run, such as cpu or cuda.
+        device: cpu, cuda, cuda:N, mps, or auto: the best there is.
     """
+    from minigpt2.device import pick_device
     from minigpt2.evaluate import evaluate, tokens_of
     from minigpt2.model import GPT2
 
-    _check_device(device)
+    place = pick_device(device)
     with tokens_of(data) as tokens:
-        network = GPT2.from_pretrained(model, attention=attention).to(device)
+        network = GPT2.from_pretrained(model, attention=attention).to(place)
         result = evaluate(network, tokens, length=length, stride=stride, batch=batch, progress=True)
     print(f"loss {result.loss:.6f} nats per token, perplexity {result.perplexity:.4f}")
     print(f"bits per byte {result.bits_per_byte:.6f}, {result.tokens} tokens, {result.bytes} bytes")
@@ -146,6 +150,7 @@ def plan(
     length: int = 1024,
     budget: str | None = None,
     optimizer: str = "adamw",
+    device: Literal["cpu", "cuda"] = "cpu",
     plot: Path | None = None,
 ) -> None:
     """Print what a float32 training step needs at every notch of the dials, least memory first.
@@ -154,8 +159,10 @@ def plan(
         model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with a config.json.
         batch: Sequences in a batch.
         length: Tokens in a sequence.
-        budget: Memory of the whole process, such as 4GiB; the fastest notch that fits it is marked.
+        budget: Memory of the whole process (on a CUDA device, of its tensors), such as 4GiB; the fastest notch that
+            fits it is marked.
         optimizer: adamw, sgd-momentum or sgd.
+        device: Where the step would run; the device need not be here.
         plot: Also draw the frontier into this file, such as frontier.png.
     """
     import torch  # noqa: F401 (a part of what the process holds before the model)
@@ -165,136 +172,29 @@ def plan(
 
     config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
     limit = None if budget is None else memory.parse_bytes(budget)
-    baseline = memory.resident_bytes()
-    found = memory.notches(config, batch, length, optimizer=optimizer)
-    print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks include {memory.format_bytes(baseline)} ")
-    print("of Python and torch\n" + memory.table(found, limit, baseline))
+    baseline = memory.resident_bytes() if device == "cpu" else 0
+    found = memory.notches(config, batch, length, optimizer=optimizer, device=device)
+    peaks = f"include {memory.format_bytes(baseline)} of Python and torch" if baseline else "are those of CUDA tensors"
+    print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks {peaks}")
+    print(memory.table(found, limit, baseline))
     if plot is not None:
         memory.plot(found, plot, limit, baseline)
     if limit is not None:
         memory.fastest_that_fits(found, limit, baseline)  # raises, and says what the least is
 
 
-def bench_attention(
-    batch: int | None = None,
-    length: int | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    repeats: int = 7,
-) -> None:
-    """Time the fused attention kernel against sdpa and a matrix product.
-
-    Args:
-        batch: Sequences; with --length, one shape of your own instead of the usual three.
-        length: Tokens in a sequence.
-        dtype: float32 or bfloat16; on CUDA also float16.
-        device: cpu or cuda.
-        repeats: Rounds, each of which times everything once.
-    """
-    import torch
-
-    from minigpt2.bench.attention import SHAPES, bench_attention
-
-    if (batch is None) != (length is None):
-        raise ValueError("--batch and --length come together")
-    if dtype not in ("float32", "bfloat16", "float16") or (dtype, device) == ("float16", "cpu"):
-        raise ValueError(f"--dtype must be float32 or bfloat16, or on CUDA float16; got {dtype!r} on {device}")
-    _check_device(device)
-    shapes = SHAPES if batch is None or length is None else ((batch, length),)
-    bench_attention(shapes, dtype=getattr(torch, dtype), device=device, repeats=repeats)
-
-
-def bench_memory(
-    model: str = "gpt2",
-    batch: int = 4,
-    length: int = 1024,
-    dropout: float = 0.1,
-    every: tuple[int, ...] | None = None,
-    recompute: tuple[str, ...] = ("pointwise", "keep-attention", "block"),
-    steps: int = 3,
-    rounds: int = 1,
-    compare: bool = True,
-    out: Path | None = None,
-) -> None:
-    """Measure memory and time of training at every notch of the dials, each in its own process.
-
-    Args:
-        model: An official name.
-        batch: Sequences in a batch.
-        length: Tokens in a sequence.
-        dropout: All three dropouts.
-        every: Values of checkpoint_every to measure; all of them by default.
-        recompute: Values of recompute to measure.
-        steps: Steps in a process, of which the first is warm-up.
-        rounds: How often everything is measured, in turn.
-        compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
-        out: Write OUT.csv and OUT.png too.
-    """
-    from minigpt2.bench.memory import bench_memory
-
-    bench_memory(
-        model,
-        batch=batch,
-        length=length,
-        dropout=dropout,
-        every=every,
-        recompute=recompute,
-        steps=steps,
-        rounds=rounds,
-        compare=compare,
-        out=out,
-    )
-
-
-def bench_step(
-    model: str = "gpt2",
-    batch: int = 4,
-    length: int = 1024,
-    dropout: float = 0.0,
-    checkpoint_every: int = 0,
-    recompute: str = "block",
-    steps: int = 6,
-    rounds: int = 1,
-    compare: Literal["hf"] | None = None,
-) -> None:
-    """Measure training steps: tokens a second, forward, backward, optimizer, memory, and the share of the roofline.
-
-    Args:
-        model: An official name.
-        batch: Sequences in a batch.
-        length: Tokens in a sequence.
-        dropout: All three dropouts.
-        checkpoint_every: The dial of recomputation.
-        recompute: What a recomputed block keeps.
-        steps: Steps in a process, of which the first is warm-up.
-        rounds: How often each process is run, in turn.
-        compare: "hf": also run transformers, alternately, each in its own process.
-    """
-    from minigpt2.bench.step import bench_step
-
-    bench_step(
-        model,
-        batch=batch,
-        length=length,
-        dropout=dropout,
-        checkpoint_every=checkpoint_every,
-        recompute=recompute,
-        steps=steps,
-        rounds=rounds,
-        compare=compare == "hf",
-    )
-
-
-BENCHMARKS: dict[str, Callable[..., None]] = {
-    "attention": bench_attention,
-    "memory": bench_memory,
-    "step": bench_step,
-}
-
-
 def bench() -> None:
     """Measure this machine: minigpt2 bench attention | memory | step."""
-    tyro.extras.subcommand_cli_from_dict(BENCHMARKS, prog="minigpt2 bench", args=sys.argv[2:])
+    from minigpt2.bench.attention import bench_attention
+    from minigpt2.bench.memory import bench_memory
+    from minigpt2.bench.step import bench_step
+
+    benchmarks: dict[str, Callable[..., object]] = {
+        "attention": bench_attention,
+        "memory": bench_memory,
+        "step": bench_step,
+    }
+    tyro.extras.subcommand_cli_from_dict(benchmarks, prog="minigpt2 bench", args=sys.argv[2:])
 
 
 def info() -> None:
@@ -311,15 +211,6 @@ def info() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"device: {device}; {torch.get_num_threads()} CPU threads, {capability}")
     print(f"attention: {explain_backend()}")
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def main() -> int:

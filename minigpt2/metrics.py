@@ -14,9 +14,10 @@ from typing import Any, TextIO
 import torch
 
 from minigpt2.config import GPT2Config
+from minigpt2.device import synchronize
 from minigpt2.files import written_whole
 
-__all__ = ["Metrics", "flops_per_token", "matmul_rate", "peak_memory", "plot_losses", "read_rows"]
+__all__ = ["Metrics", "Speedometer", "flops_per_token", "matmul_rate", "peak_memory", "plot_losses", "read_rows"]
 
 FILE = "metrics.jsonl"
 
@@ -123,6 +124,20 @@ def flops_per_token(config: GPT2Config, length: int) -> float:
     return 6.0 * weights + 12.0 * L * C * length
 
 
+class Speedometer:
+    """Measures a run against the matrix products of its device, in the dtype that it multiplies in."""
+
+    def __init__(self, config: GPT2Config, length: int, device: torch.device, dtype: torch.dtype, world: int) -> None:
+        self._share = flops_per_token(config, length) / world / matmul_rate(device, dtype)
+        self._device = device
+
+    def row(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Tokens a second, model-FLOP utilisation (a share of 1), and peak memory in GiB."""
+        speed = tokens / seconds
+        peak = peak_memory(self._device)
+        return {"tokens_per_second": speed, "mfu": speed * self._share, "peak_memory_gib": peak}
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product here, the best of three: the yardstick of model-FLOP utilisation,
     since no table knows every device. Draws no random numbers."""
@@ -131,19 +146,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         n, best = 2 * n, float("inf")
         a = torch.full((n, n), 0.5, device=device, dtype=dtype)
         for _ in range(3):
-            _wait_for(device)
+            synchronize(device)
             start = time.perf_counter()
             torch.mm(a, a)
-            _wait_for(device)
+            synchronize(device)
             best = min(best, time.perf_counter() - start)
     return 2.0 * n**3 / best
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if device.type == "mps":
-        torch.mps.synchronize()
 
 
 def peak_memory(device: torch.device) -> float:

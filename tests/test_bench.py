@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,13 @@ def test_bench_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
-    found = bench_step(config=TINY, batch=1, length=16, steps=3, compare=True)
+    found = bench_step(config=TINY, batch=1, length=16, steps=3, compare="hf", profile=True)
     assert [len(r.seconds) for results in found.values() for r in results] == [2, 2]
     printed = capsys.readouterr().out
     assert printed.startswith("bench step: ")
     assert "roofline share" in printed
     assert "x as fast" in printed
+    assert re.search(r"^ +\d+\.\d%  attention$", printed, re.MULTILINE)
     config = GPT2Config().replace(**TINY)
     assert 0 < roofline_seconds(config, 1, 16) < roofline_seconds(config.replace(n_layer=200), 1, 16)
 

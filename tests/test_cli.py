@@ -120,10 +120,10 @@ GENERATE = {"--model": "HF_TINY", "--prompt": PROMPT}
         ({"--top-p": "1.1"}, "top_p must be in (0, 1], got 1.1"),
         ({"--max-new-tokens": "-1"}, "max_new_tokens must be >= 0, got -1"),
         ({"--attention": "flash"}, "attention backend must be one of auto, eager, sdpa, fused"),
-        ({"--device": "abacus"}, "--device abacus cannot be used"),
+        ({"--device": "abacus"}, "--device abacus is not available; there is "),
         pytest.param(
             {"--device": "cuda"},
-            "--device cuda cannot be used",
+            "--device cuda is not available; there is ",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
     ],
@@ -154,8 +154,40 @@ def test_an_unknown_download_is_one_clear_line(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("arguments", [["generate", "--help"], ["bench", "step", "--help"], ["info"]], ids=" ".join)
+def test_no_verb_needs_the_compiler_to_say_what_it_does(arguments):
+    source = f"""
+import sys
+sys.argv = ["minigpt2", *{arguments}]
+from minigpt2.__main__ import main
+try:
+    main()
+finally:
+    found = sys.modules.keys() & {{"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "matplotlib"}}
+    print(found or "nothing heavy", file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "nothing heavy\n")
+
+
+def test_a_mistake_in_a_benchmark_is_one_clear_line(monkeypatch, capsys):
+    status, out, err = in_process(monkeypatch, capsys, "bench", "step", "--model", "gpt3")
+    assert (status, out) == (2, "")
+    assert err.startswith("minigpt2: model must be one of gpt2, ")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["generate"], ["generate", "--model", "x", "--prompt", "x", "--top-k", "many"]], ids=str
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["generate"],
+        ["generate", "--model", "x", "--prompt", "x", "--top-k", "many"],
+        ["bench"],
+        ["bench", "fly"],
+    ],
+    ids=str,
 )
 def test_a_command_line_that_cannot_be_read_has_exit_status_2(monkeypatch, capsys, arguments):
     status, out, err = in_process(monkeypatch, capsys, *arguments)
@@ -170,6 +202,10 @@ def test_a_command_line_that_cannot_be_read_has_exit_status_2(monkeypatch, capsy
         (["generate", "--help"], ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p"]),
         (["download", "--help"], ["gpt2-medium"]),
         (["info", "--help"], ["attention backend"]),
+        (["bench", "--help"], ["attention", "memory", "step"]),
+        (["bench", "attention", "--help"], ["--shapes", "--dtype", "--repeats", "Rounds, each of which"]),
+        (["bench", "memory", "--help"], ["--every", "--out", "Sequences in a batch"]),
+        (["bench", "step", "--help"], ["--compare", "Sequences in a batch"]),
     ],
     ids=" ".join,
 )

@@ -14,16 +14,19 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
-from minigpt2.attention import attention, resolve_backend
-from minigpt2.attention.fused import decode
+from minigpt2.attention import attention
+from minigpt2.attention.fused import decode, unavailable
 from minigpt2.bench.header import header
+from minigpt2.device import pick_device, synchronize
 
 SHAPES = ((8, 256), (4, 1024), (1, 4096))  # (B, T)
 DECODE_SHAPES = ((1, 64), (1, 256), (1, 1024), (8, 64), (8, 256), (8, 1024))
 PEER = "sdpa"
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,28 +50,42 @@ def bench_attention(
     n_head: int = 12,
     head_dim: int = 64,
     dropouts: Sequence[float] = (0.0, 0.1),
-    dtype: torch.dtype = torch.float32,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "cpu",
     repeats: int = 7,
     least_seconds: float = 0.1,
     decode_shapes: Sequence[tuple[int, int]] = DECODE_SHAPES,
 ) -> list[Measurement]:
-    """Print the table for shapes (B, T), then (on the CPU) that of generation, and return the rows of the first.
+    """Time the fused attention kernel against sdpa and a matrix product, and one step of generation against sdpa.
 
-    A measurement repeats its call for at least `least_seconds`. On CUDA a line at the end says whether the fused kernel
-    was the faster one in training, everywhere, which is what would make it `"auto"` there.
+    Prints a table of each, on CUDA of the first alone; returns the rows of the first. On CUDA a line at the end says
+    whether the fused kernel was the faster one in training at every shape.
+
+    Args:
+        shapes: Pairs: sequences in a batch, and tokens in each.
+        n_head: Attention heads.
+        head_dim: Width of a head.
+        dropouts: Dropout probabilities; the price of each is over the first.
+        dtype: What the tensors are; float16 on CUDA only.
+        device: cpu, cuda or cuda:N; auto is CUDA, else the CPU.
+        repeats: Rounds, each of which times everything once.
+        least_seconds: A measurement repeats its call for at least so long.
+        decode_shapes: Pairs: sequences in a batch, and tokens in the cache that one query reads.
     """
     torch.manual_seed(0)
-    resolve_backend("fused", torch.device(device).type, dtype, head_dim)  # or raise, with the reason
+    tensors, place = getattr(torch, dtype), pick_device(device)
+    reason = unavailable(place, tensors, head_dim)
+    if reason is not None:
+        raise ValueError(f"there is nothing to measure: {reason}")
     print(header("attention"))
-    on = f"{torch.cuda.get_device_name(device)}, " if torch.device(device).type == "cuda" else ""
+    on = f"{torch.cuda.get_device_name(place)}, " if place.type == "cuda" else ""
     print(f"{on}{dtype}, H = {n_head}, D = {head_dim}; medians of {repeats} rounds")
     print(
         f"{'shape':>10} {'p':>4} {'pass':>8} {'GFLOP/s':>8} {'x sdpa':>7} {'(range)':>14} {'of mm':>6} {'dropout':>8}"
     )
     rows = []
     for B, T in shapes:
-        for row in _bench_shape(B, T, n_head, head_dim, dropouts, dtype, device, repeats, least_seconds):
+        for row in _bench_shape(B, T, n_head, head_dim, dropouts, tensors, place, repeats, least_seconds):
             low, high = row.ratio_range
             print(
                 f"{f'B{B} T{T}':>10} {row.dropout_p:>4} {'fwd+bwd' if row.backward else 'fwd':>8} {row.rate:>8.0f}"
@@ -77,14 +94,12 @@ def bench_attention(
                 flush=True,
             )
             rows.append(row)
-    if on and rows:
-        slowest = min((row for row in rows if row.backward), key=lambda row: row.ratio)
-        verdict = "faster" if slowest.ratio > 1 else "not faster"
-        print(
-            f"forward and backward: fused is {verdict} than sdpa at every shape; its least ratio is {slowest.ratio:.2f}"
-        )
-    elif decode_shapes:
-        bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=dtype)
+    if place.type == "cuda" and rows:
+        least = min(row.ratio for row in rows if row.backward)
+        verdict = "faster" if least > 1 else "not faster"
+        print(f"forward and backward: fused is {verdict} than sdpa at every shape; its least ratio is {least:.2f}")
+    elif decode_shapes and place.type == "cpu":
+        bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=tensors)
     return rows
 
 
@@ -128,13 +143,13 @@ def _bench_shape(
     head_dim: int,
     dropouts: Sequence[float],
     dtype: torch.dtype,
-    device: str,
+    device: torch.device,
     repeats: int,
     least_seconds: float,
 ) -> list[Measurement]:
     qkv = torch.randn(B, T, 3 * n_head * head_dim).to(device, dtype).requires_grad_()
     grad = torch.randn(B, T, n_head * head_dim).to(device, dtype)
-    wait = torch.cuda.synchronize if qkv.is_cuda else _nothing
+    seconds = functools.partial(_seconds, least_seconds=least_seconds, device=device)
     side = 8192 if qkv.is_cuda else 1024  # of the matrix product: enough work for the device
     a, b = torch.randn(2, side, side).to(device, dtype)
     forward_flops = 2 * B * n_head * T * T * head_dim
@@ -155,10 +170,10 @@ def _bench_shape(
         for p, backward in cases:
             run("fused", p, backward)
     for _ in range(repeats):
-        mm_rates.append(2 * side**3 / _seconds(lambda: torch.mm(a, b), least_seconds, wait))
+        mm_rates.append(2 * side**3 / seconds(lambda: torch.mm(a, b)))
         for p, backward in cases:
-            ours[p, backward].append(_seconds(functools.partial(run, "fused", p, backward), least_seconds, wait))
-            peer[p, backward].append(_seconds(functools.partial(run, PEER, p, backward), least_seconds, wait))
+            ours[p, backward].append(seconds(functools.partial(run, "fused", p, backward)))
+            peer[p, backward].append(seconds(functools.partial(run, PEER, p, backward)))
 
     rows = []
     for p, backward in cases:
@@ -182,20 +197,16 @@ def _bench_shape(
     return rows
 
 
-def _nothing() -> None:
-    pass
-
-
-def _seconds(call: Callable[[], object], least_seconds: float, wait: Callable[[], None] = _nothing) -> float:
-    """Seconds a call, over as many calls as fill `least_seconds`; `wait` returns when the device has done its work."""
-    wait()
+def _seconds(call: Callable[[], object], least_seconds: float, device: torch.device = CPU) -> float:
+    """Seconds a call, over as many calls as fill `least_seconds`."""
+    synchronize(device)
     calls, burst, start = 0, 1, time.perf_counter()
     while True:
-        for _ in range(burst):  # a device that works behind Python's back is not waited for after every call
+        for _ in range(burst):
             call()
-        wait()
+        synchronize(device)
         calls += burst
         elapsed = time.perf_counter() - start
         if elapsed >= least_seconds:
             return elapsed / calls
-        burst = burst if wait is _nothing else 2 * burst
+        burst *= 1 if device == CPU else 2  # to wait for a device after every call would be a part of the time

@@ -7,7 +7,9 @@ import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import tyro
 
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
@@ -66,15 +68,27 @@ def bench_memory(
     steps: int = 3,
     rounds: int = 1,
     compare: bool = True,
-    config: dict[str, int] | None = None,
+    config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
     out: Path | None = None,
 ) -> list[tuple[Setting, Result]]:
-    """Measure training processes (float32, AdamW) at each setting, `rounds` times in turn, each in its own process.
+    """Measure memory and time of training (float32, AdamW) at every notch of the dials, each in its own process.
 
     minigpt2 runs as train.py does, with tune_allocator(); transformers as installed, with its sdpa attention.
     Prints peak resident memory in GiB, the prediction's error, and the time of a step over that without recomputation
-    (the median over all steps but each process's first, and its range). With `out`, also writes OUT.csv and OUT.png.
-    `config` gives another shape than the official `model`.
+    (the median over all steps but each process's first, and its range).
+
+    Args:
+        model: An official name.
+        batch: Sequences in a batch.
+        length: Tokens in a sequence.
+        dropout: All three dropouts.
+        every: Values of checkpoint_every to measure; all of them by default.
+        recompute: Values of recompute to measure.
+        steps: Steps in a process, of which the first is warm-up.
+        rounds: How often everything is measured, in turn.
+        compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
+        config: Fields of GPT2Config: another shape than the official one.
+        out: Write OUT.csv and OUT.png too.
     """
     if model not in OFFICIAL_SIZES:
         raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")

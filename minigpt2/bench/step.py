@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+from minigpt2.loss import chunk_shape
 
 __all__ = ["bench_step", "roofline_seconds"]
+
+SHAPES = OFFICIAL_SIZES | {"small": {"n_layer": 6, "n_head": 6, "n_embd": 192}}
 
 
 def bench_step(
@@ -25,22 +30,39 @@ def bench_step(
     recompute: str = "block",
     steps: int = 6,
     rounds: int = 1,
-    compare: bool = False,
-    config: dict[str, int] | None = None,
+    compare: Literal["hf", "hf-tuned"] | None = None,
+    profile: bool = False,
+    config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
 ) -> dict[str, list[Result]]:
-    """Measure training steps (float32, AdamW), in processes of their own, alternating with transformers' if `compare`.
+    """Measure training steps (float32, AdamW): tokens a second, forward, backward, optimizer, memory, and the share of
+    the roofline.
 
     Prints medians with their range over every step but each process's first. The roofline share is the time that the
     step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes in this run,
-    over the step's time. Recomputation counts as time, not as work. `config` gives another shape than the official one.
+    over the step's time. Recomputation counts as time, not as work.
+
+    Args:
+        model: An official name, or small: 6 layers of width 192.
+        batch: Sequences in a batch.
+        length: Tokens in a sequence.
+        dropout: All three dropouts.
+        checkpoint_every: The dial of recomputation.
+        recompute: What a recomputed block keeps.
+        steps: Steps in a process, of which the first is warm-up.
+        rounds: How often each process is run, in turn.
+        compare: Also run transformers, alternately, each in its own process: hf is as installed, hf-tuned with
+            tune_allocator() too.
+        profile: Also print where the time of a step goes, from one more process.
+        config: Fields of GPT2Config: another shape than the official one.
     """
-    if model not in OFFICIAL_SIZES:
-        raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")
-    shape: dict[str, int] = config or dict(OFFICIAL_SIZES[model])
+    if model not in SHAPES:
+        raise ValueError(f"model must be one of {', '.join(SHAPES)}, got {model!r}")
+    shape: dict[str, int] = config or dict(SHAPES[model])
     ours = Job("minigpt2", shape, batch, length, dropout, checkpoint_every, recompute, steps=steps, tuned=True)
     jobs = {"minigpt2": ours}
     if compare:
-        jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=False)
+        tuned = compare == "hf-tuned"
+        jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=tuned)
     print(header("step"))
     print(f"{model}, batch {batch} x {length}, dropout {dropout}, float32, AdamW; {rounds} x {steps} steps")
     results: dict[str, list[Result]] = {name: [] for name in jobs}
@@ -65,19 +87,59 @@ def bench_step(
         pairs = zip(results["transformers"], results["minigpt2"], strict=True)
         ratios = [statistics.median(t.seconds) / statistics.median(o.seconds) for t, o in pairs]
         print(f"minigpt2 is {statistics.median(ratios):.2f} x as fast [{min(ratios):.2f}, {max(ratios):.2f}]")
+    if profile:
+        print(_profile_table(measure(dataclasses.replace(ours, profile=True))))
     return results
+
+
+# Where time goes: the operations, by the beginnings of their names, that each line of the profile adds up. The forward
+# of an operation of our own is recorded under the name that torch.library gives its autograd function.
+_FORWARD = "GeneratedBackwardFor_minigpt2_"
+_LINES = {
+    "matrix products": "aten::mm aten::addmm",
+    "attention": f"{_FORWARD}attention minigpt2::attention aten::_scaled_dot_product",
+    "loss, beside its products": f"{_FORWARD}linear minigpt2::linear aten::_softmax aten::softmax aten::amax "
+    "aten::gather aten::scatter aten::log aten::where aten::masked_fill",
+    "LayerNorm": "aten::native_layer_norm",
+    "GELU": f"{_FORWARD}gelu minigpt2::gelu aten::gelu",
+    "dropout and residual": f"{_FORWARD}dropout minigpt2::dropout aten::add aten::mul",
+    "gradients of the biases": "aten::sum",
+    "embedding": "aten::embedding aten::index",
+    "AdamW": "aten::_fused_adamw Optimizer. aten::zero_",
+}
+
+
+def _profile_table(result: Result) -> str:
+    """Percent of the profiled step on each of _LINES, and the operations that are most of the rest."""
+    total = result.forward[-1] + result.backward[-1] + result.optimizer[-1]
+    seconds = dict.fromkeys(_LINES, 0.0)
+    rest: dict[str, float] = {}
+    for name, time_taken in result.profile.items():
+        line = next((line for line, names in _LINES.items() if name.startswith(tuple(names.split()))), None)
+        if line is None:
+            rest[name] = time_taken
+        else:
+            seconds[line] += time_taken
+    most = ", ".join(sorted(rest, key=lambda name: -rest[name])[:4])
+    seconds[f"other operations ({most} ...)"] = sum(rest.values())
+    seconds["outside operations"] = total - sum(seconds.values())
+    return "\n".join(f"{taken / total:>7.1%}  {line}" for line, taken in seconds.items())
 
 
 def roofline_seconds(config: GPT2Config, batch: int, length: int, repeats: int = 3) -> float:
     """Seconds that the matrix products of a step, forward and backward, take by themselves: each shape is timed with
-    torch.mm (the best of `repeats`), and attention is charged at the rate of one of them."""
-    N, C, V = batch * length, config.n_embd, config.vocab_size
-    rows = min(N, 512)  # the head is worked through in chunks
+    torch.mm (the best of `repeats`), and attention is charged at the rate of the fastest of them."""
+    N, C = batch * length, config.n_embd
+    rows, V = chunk_shape(N, config.vocab_size)  # the head is worked through in chunks, whose rows are padded
     block = [(N, C, 3 * C), (N, C, C), (N, C, config.inner), (N, config.inner, C)]
+    products: list[tuple[float, tuple[int, int, int], bool]] = [(config.n_layer, shape, False) for shape in block]
+    products.append((N / rows, (rows, C, V), True))  # the head lies as the embedding does
     total = rate = 0.0
-    for times, (n, a, b) in [*((config.n_layer, s) for s in block), (N / rows, (rows, C, V))]:
-        x, w, y = torch.randn(n, a), torch.randn(a, b), torch.randn(n, b)
-        seconds = sum(_best(p, repeats) for p in ((x, w), (y, w.t()), (x.t(), y)))
+    for times, (n, a, b), transposed in products:
+        x, y = torch.randn(n, a), torch.randn(n, b)
+        w = torch.randn(b, a).t() if transposed else torch.randn(a, b)
+        gradient = (y.t(), x) if transposed else (x.t(), y)
+        seconds = sum(_best(pair, repeats) for pair in ((x, w), (y, w.t()), gradient))
         total += times * seconds
         rate = max(rate, 6 * n * a * b / seconds)
     attention = 7 * batch * length * length * C * config.n_layer  # 7 products, half of each above the diagonal

@@ -42,6 +42,8 @@ class Job:
     """Recycle memory, as train.py does (tune_allocator)."""
     threads: int | None = None
     """CPU threads; None leaves torch's own choice."""
+    profile: bool = False
+    """Run the last step under PyTorch's profiler."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Result:
     optimizer: list[float]
     loss: float
     """Of the last step."""
+    profile: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of the last step that each operation took by itself, where `Job.profile` asked."""
 
     @property
     def seconds(self) -> list[float]:
@@ -115,7 +119,10 @@ def _run(job: Job) -> Result:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(vocab, (job.batch, job.length + 1))
     times: list[list[float]] = []
-    for _ in range(job.steps):
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    for step_number in range(1, job.steps + 1):
+        if job.profile and step_number == job.steps:
+            profiler.start()
         marks = [time.perf_counter()]
         if job.library == "transformers":
             loss = model(ids[:, :-1], labels=ids[:, :-1]).loss
@@ -128,8 +135,12 @@ def _run(job: Job) -> Result:
         optimizer.zero_grad()
         marks.append(time.perf_counter())
         times.append([b - a for a, b in itertools.pairwise(marks)])
+    profile = {}
+    if job.profile:
+        profiler.stop()
+        profile = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
     forward, backward, step = (list(column) for column in zip(*(times[1:] or times), strict=True))
-    return Result(baseline, peak_resident_bytes(), forward, backward, step, loss.item())
+    return Result(baseline, peak_resident_bytes(), forward, backward, step, loss.item(), profile)
 
 
 if __name__ == "__main__":

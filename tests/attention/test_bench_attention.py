@@ -28,11 +28,11 @@ def test_the_head_names_machine_versions_and_command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--dtype", "float16"], "on CUDA float16; got 'float16' on cpu"),
-        (["--dtype", "int8", "--device", "cuda"], "got 'int8' on cuda"),
+        (["--dtype", "float16"], "there is nothing to measure: the fused kernel serves float32, bfloat16 and float64"),
+        (["--device", "gpu"], "--device gpu is not available"),
         pytest.param(
             ["--device", "cuda"],
-            "--device cuda cannot be used",
+            "--device cuda is not available",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
     ],
@@ -44,7 +44,7 @@ def test_a_mistake_in_the_arguments_is_named(arguments, why, monkeypatch, capsys
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_on_cuda_there_is_a_verdict(dtype, capsys):
     tiny = {"n_head": 2, "head_dim": 64, "repeats": 2, "least_seconds": 0.0}
     assert len(bench_attention([(1, 128)], dtype=dtype, device="cuda", **tiny)) == 4
