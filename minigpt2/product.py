@@ -7,6 +7,8 @@ without gradients. torch.addmm and torch.mm serve the rest.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,11 +51,10 @@ def _served(x: Tensor, weight: Tensor) -> bool:
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, n_out: int) -> Tensor:
+    kernel: Any = build.kernel()
     out = torch.empty(x.size(0), n_out)
     address = None if bias is None else bias.data_ptr()
-    failed = build.kernel().minigpt2_few_rows(
-        *x.shape, n_out, x.data_ptr(), x.stride(0), weight.data_ptr(), address, out.data_ptr()
-    )
-    if failed:
+    addresses = weight.data_ptr(), address, out.data_ptr()
+    if kernel.minigpt2_few_rows(*x.shape, n_out, x.data_ptr(), x.stride(0), *addresses):
         raise MemoryError("a product could not allocate its scratch memory")
     return out
