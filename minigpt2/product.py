@@ -1,8 +1,8 @@
 """The model's products with its weights, which generation makes for a few rows at a time.
 
-For few rows the time goes into reading the weights. The compiled kernel (attention/cpu.cpp) reads them at nearly the rate
-of memory, which the general matrix product does not, and serves what generation needs: float32
-without gradients. torch.addmm and torch.mm serve the rest.
+For few rows the time goes into reading the weights. The compiled kernel (attention/cpu.cpp) reads them at nearly the
+rate of memory, which the general matrix product does not, and serves what generation needs: float32 without gradients.
+torch.addmm and torch.mm serve the rest.
 """
 
 from __future__ import annotations
