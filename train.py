@@ -35,7 +35,7 @@ from minigpt2.config import GPT2Config
 from minigpt2.data import Batches, Corpus, DataError, in_order, open_corpus
 from minigpt2.files import removed_on_error, written_whole
 from minigpt2.guards import NonFiniteError, stop_on_signals
-from minigpt2.metrics import Metrics, flops_per_token, matmul_rate, peak_memory, plot_losses
+from minigpt2.metrics import Metrics, Speedometer, plot_losses
 from minigpt2.model import GPT2
 from minigpt2.parallel import Processes, distribute, started
 from minigpt2.state import RunState, seed_of
@@ -90,11 +90,14 @@ class TrainConfig:
     recompute: str = "block"
     """What a recomputed block keeps: block, keep-attention or pointwise."""
     memory_budget: str | None = None
-    """Choose the two settings above: the fastest that keep the process within this much memory, such as 4GiB."""
+    """Choose the two settings above: the fastest that keep the process, or on an accelerator its tensors, within this
+    much memory, such as 4GiB."""
     tune_allocator: bool = True
     """Keep and pack the memory of CPU tensors (minigpt2/allocator.cpp), instead of leaving it to the C library."""
     attention: str = "auto"
     """Attention backend: auto, eager, sdpa or fused."""
+    compile: bool = False
+    """Compile the model's training step with torch.compile."""
     eval_every: int = 50
     """Steps between validations; there is one before the first step and one after the last in any case."""
     eval_batches: int = 8
@@ -137,10 +140,9 @@ class TrainConfig:
 
 
 # Settings that may change when a run is resumed, since they are about its surroundings or, like recomputation, about
-# how its numbers are computed and not which. All others must be what they were.
-DIALS = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard"}
-DIALS |= {"device", "parallel", "checkpoint_every", "recompute", "memory_budget"}
-DIALS |= {"tune_allocator"}
+# how its numbers are computed and not which. All others must be what they were: compiled code rounds otherwise.
+DIALS = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard", "device", "parallel"}
+DIALS |= {"checkpoint_every", "recompute", "memory_budget", "tune_allocator"}
 SETTINGS = "train_config.json"
 
 
@@ -167,7 +169,8 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        found = memory.notches(model.config, config.batch, config.length, accumulate=config.accumulate)
+        settings = {"accumulate": config.accumulate, "device": device.type}
+        found = memory.notches(model.config, config.batch, config.length, **settings)
         chosen = memory.fastest_that_fits(found, memory.parse_bytes(config.memory_budget), baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
         expected = f"{memory.format_bytes(chosen.peak + baseline)} expected"
@@ -189,7 +192,7 @@ class Trainer(RunState):
 
     def __init__(self, config: TrainConfig, model: GPT2, corpus: Corpus, processes: Processes) -> None:
         self.config, self.validation = config, corpus.validation
-        self.network = distribute(model, config.parallel, processes)
+        self.network = distribute(model, config.parallel, processes, compile=config.compile)
         optimizer = make_optimizer(model, config)
         scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
         batches = Batches(corpus.train, config.batch, config.length, config.seed, processes.rank, processes.world)
@@ -201,15 +204,13 @@ class Trainer(RunState):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         position, random_state = self.batches.position, snapshot.random_state(self.device)
-        micro_batches = []
-        for _ in range(self.config.accumulate):
-            input_ids, targets = next(self.batches)
-            micro_batches.append((input_ids.to(self.device), targets.to(self.device)))
+        micro_batches = [next(self.batches) for _ in range(self.config.accumulate)]
         step = (self.network, micro_batches, self.processes, self.config.precision, self.scaler)
-        loss, count = accumulate_gradients(*step)
+        mean, count = accumulate_gradients(*step)
         self.scaler.unscale_(self.optimizer)
-        clip = self.config.clip or math.inf
-        norm = snapshot.whole(nn.utils.clip_grad_norm_(self.model.parameters(), clip)).item()
+        grad_norm = snapshot.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf))
+        self.batches.prepare(self.config.accumulate)
+        loss, norm = torch.stack([mean, grad_norm.to(mean)]).tolist()  # here, and only here, we wait for the device
 
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -247,9 +248,9 @@ class Trainer(RunState):
 
 def train(trainer: Trainer, out: Path) -> int:
     """The loop: step, validate, log, snapshot. Returns 0, or the exit status of the signal that ended it."""
-    config, processes, device = trainer.config, trainer.processes, trainer.device
-    flops = flops_per_token(trainer.model.config, config.length) / processes.world
-    flops_rate = matmul_rate(device, DTYPES[config.precision])
+    config, processes = trainer.config, trainer.processes
+    yardstick = (config.length, trainer.device, DTYPES[config.precision], processes.world)
+    speedometer = Speedometer(trainer.model.config, *yardstick)
     first = {}
     if trainer.step == 0:
         first["val_loss_before"] = trainer.best = trainer.validate()
@@ -268,9 +269,8 @@ def train(trainer: Trainer, out: Path) -> int:
             except NonFiniteError as error:
                 trainer.save(out / "snapshots", config.keep)
                 raise NonFiniteError(f"{error}; there is a snapshot from before, of step {trainer.step}") from None
-            speed = (trainer.tokens - tokens) / (time.perf_counter() - began)
-            row |= {"seconds": metrics.seconds, "tokens_per_second": speed, "mfu": speed * flops / flops_rate}
-            row |= {"peak_memory_gib": peak_memory(device)} | first
+            row |= speedometer.row(trainer.tokens - tokens, time.perf_counter() - began)
+            row |= {"seconds": metrics.seconds} | first
             first = {}
             if trainer.step % config.eval_every == 0 or trainer.step == config.max_steps:
                 row["val_loss"] = trainer.validate()
@@ -284,10 +284,8 @@ def train(trainer: Trainer, out: Path) -> int:
             if due or signal or (config.snapshot_every and trainer.step == config.max_steps):
                 metrics.flush()  # a snapshot never has more steps than the metrics
                 trainer.save(out / "snapshots", config.keep)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, val {trainer.val_loss:.3f}, {speed:,.0f} tokens/s, "
-                f"peak {row['peak_memory_gib']:.2f} GiB"
-            )
+            text = f"loss {row['loss']:.3f}, val {trainer.val_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s, "
+            bar.set_postfix_str(text + f"peak {row['peak_memory_gib']:.2f} GiB", refresh=False)
             bar.update()
             if signal and trainer.step < config.max_steps:
                 trainer.say(f"stopped after step {trainer.step}, with a snapshot; go on with: --out {out} --resume")
@@ -303,12 +301,8 @@ def read_settings() -> TrainConfig:
     path = config.out / SETTINGS
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        stored |= {
-            "parallel": None,
-            "out": config.out,
-            "data": None if stored["data"] is None else Path(stored["data"]),
-        }
-        default = TrainConfig(**stored)
+        data = None if stored["data"] is None else Path(stored["data"])
+        default = TrainConfig(**stored | {"parallel": None, "out": config.out, "data": data})
     except FileNotFoundError:
         raise ValueError(f"--resume: {config.out} holds no run") from None
     except (TypeError, KeyError, ValueError) as error:
@@ -369,9 +363,8 @@ def finish(trainer: Trainer, out: Path) -> None:
     if not trainer.processes.main:
         return
     print(f"saved {out}/model.safetensors; continue it with: minigpt2 generate --model {out} --prompt 'import '")
-    best = (
-        f"in {out}/best" if (out / "best").exists() else "those it began with: no validation was better than the first"
-    )
+    began_with = "those it began with: no validation was better than the first"
+    best = f"in {out}/best" if (out / "best").exists() else began_with
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
     print(f"the loss curve is {plot_losses(out)}")
     if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -150,6 +150,7 @@ def plan(
     length: int = 1024,
     budget: str | None = None,
     optimizer: str = "adamw",
+    device: Literal["cpu", "cuda"] = "cpu",
     plot: Path | None = None,
 ) -> None:
     """Print what a float32 training step needs at every notch of the dials, least memory first.
@@ -158,8 +159,10 @@ def plan(
         model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with a config.json.
         batch: Sequences in a batch.
         length: Tokens in a sequence.
-        budget: Memory of the whole process, such as 4GiB; the fastest notch that fits it is marked.
+        budget: Memory of the whole process (on a CUDA device, of its tensors), such as 4GiB; the fastest notch that
+            fits it is marked.
         optimizer: adamw, sgd-momentum or sgd.
+        device: Where the step would run; the device need not be here.
         plot: Also draw the frontier into this file, such as frontier.png.
     """
     import torch  # noqa: F401 (a part of what the process holds before the model)
@@ -169,10 +172,11 @@ def plan(
 
     config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
     limit = None if budget is None else memory.parse_bytes(budget)
-    baseline = memory.resident_bytes()
-    found = memory.notches(config, batch, length, optimizer=optimizer)
-    print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks include {memory.format_bytes(baseline)} ")
-    print("of Python and torch\n" + memory.table(found, limit, baseline))
+    baseline = memory.resident_bytes() if device == "cpu" else 0
+    found = memory.notches(config, batch, length, optimizer=optimizer, device=device)
+    peaks = f"include {memory.format_bytes(baseline)} of Python and torch" if baseline else "are those of CUDA tensors"
+    print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks {peaks}")
+    print(memory.table(found, limit, baseline))
     if plot is not None:
         memory.plot(found, plot, limit, baseline)
     if limit is not None:

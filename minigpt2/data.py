@@ -107,6 +107,7 @@ class Batches:
                 f"{len(tokens)} tokens are too few for one batch: {batch} x {length} needs {batch * length + 1}"
             )
         self.position = 0
+        self._prepared: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def epoch(self) -> float:
@@ -117,10 +118,18 @@ class Batches:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        start = self.position + self.rank * self.share
-        windows = self._windows(start, start + self.share)
+        batch = self._prepared.pop(self.position, None) or self._at(self.position)
         self.position += self.batch
-        return gather(self.tokens, windows, self.length)
+        return batch
+
+    def prepare(self, n: int = 1) -> None:
+        """Read the next `n` batches now, while the device computes; the position stays where it is. A batch takes less
+        than a millisecond, so this needs no thread."""
+        self._prepared = {p: self._at(p) for p in range(self.position, self.position + n * self.batch, self.batch)}
+
+    def _at(self, position: int) -> tuple[Tensor, Tensor]:
+        start = position + self.rank * self.share
+        return gather(self.tokens, self._windows(start, start + self.share), self.length)
 
     def _windows(self, start: int, stop: int) -> list[int]:
         windows: list[int] = []

@@ -1,10 +1,11 @@
-"""The devices: which there is, and how to wait for it."""
+"""The devices: which there is, and how not to wait for it where that can be helped."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["pick_device", "synchronize"]
+__all__ = ["pick_device", "readable", "synchronize", "to_device"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -19,6 +20,18 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= counts.get(device.type, 0):
         raise ValueError(f"--device {name} is not available; there is {', '.join(there)}")
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device. A copy to CUDA is only begun, from pinned memory: it runs beside what the device and
+    this process do meanwhile."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether to look at the values, for a check, is free: not on an accelerator, for which one would wait, nor while a
+    graph is traced, when there are none."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def synchronize(device: torch.device) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigpt2.device import readable
+
 # The largest chunk of float32 logits, 333 tokens of GPT-2's. Every chunk reads all of the head twice, and reads and
 # writes all of its gradient, which few tokens do not repay: head and loss take 1.4 times as long with 64 tokens a chunk
 # as with 512, 1.15 times with 128, but only 1.05 times with 256, at half the memory (2 cores, AVX-512, C = 768).
@@ -66,12 +68,11 @@ def linear_cross_entropy(
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, not {targets.dtype}")
     vocab, dtype, device = weight.shape[0], hidden.dtype, hidden.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weight.dtype:
         raise TypeError(f"hidden is {dtype} but weight is {weight.dtype}")
-    # A fake tensor, of another type, has no values to look at.
-    if not torch.compiler.is_compiling() and type(targets) is Tensor and targets.device.type == "cpu":
+    if readable(targets):
         outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab))]
         if outside.numel():
             raise ValueError(f"target {outside[0].item()} is neither in [0, {vocab}) nor ignore_index ({ignore_index})")

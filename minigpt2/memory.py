@@ -8,6 +8,10 @@ R is one residual tensor (batch x length x n_embd elements). A live block keeps 
 and, beside those, the log-sum-exp of attention and the statistics of the LayerNorms. With `recompute="pointwise"` the
 outputs of LayerNorm and GELU are not kept, which leaves 10 R. Dropout keeps a seed. A recomputed segment keeps its
 input, 1 R, and with `"keep-attention"` another R a block.
+
+On the CPU the peak is resident memory. On an accelerator it is what PyTorch counts of its tensors there, such as
+torch.cuda.max_memory_allocated(), and PyTorch's dropout keeps a mask; the driver's context and the holes between blocks
+come on top. The CPU's figures were measured; an accelerator's are the same arithmetic and were not.
 """
 
 from __future__ import annotations
@@ -40,6 +44,9 @@ __all__ = [
 # What a process holds beside its tensors once it computes: code that was not touched before, and buffers of the matrix
 # library's. Measured: 17 MiB with next to no tensors, and some more with the threads' buffers.
 RUNTIME_BYTES = 48 * 2**20
+
+# What PyTorch gives cuBLAS to work in: 32 MiB on Hopper, 8 MiB before it.
+WORKSPACE_BYTES = 32 * 2**20
 
 # Blocks of unlike sizes leave holes between them, also in the arena of tune_allocator: the peaks of processes were 2 to
 # 8% above the bytes of their tensors (minigpt2 bench memory); this is the middle.
@@ -85,9 +92,10 @@ def footprint(
     dtype: torch.dtype = torch.float32,
     optimizer: str = "adamw",
     accumulate: int = 1,
+    device: str = "cpu",
 ) -> Footprint:
     """Predict a step of `batch` sequences of `length` tokens, in a micro-batch, with weights and activations of `dtype`
-    and attention in one operation (`"fused"`, or `"sdpa"` where it does not materialise T x T).
+    and attention in one operation (`"fused"`, or `"sdpa"` where it does not materialise T x T), on a type of device.
 
     Raises ValueError for settings out of range.
     """
@@ -97,6 +105,8 @@ def footprint(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     size = _Sizes(config, batch, length, dtype.itemsize, pointwise=check_recompute(recompute) == "pointwise")
+    if device != "cpu" and config.resid_pdrop:
+        size.block += 2 * batch * length * config.n_embd  # a mask of bytes for each of the two dropouts
     cut = segments(L, k)
     kept_attention = size.attention if recompute == "keep-attention" else 0
     kept = [(size.R + (s.stop - s.start) * kept_attention) if s.recomputed else 0 for s in cut]
@@ -127,6 +137,7 @@ def footprint(
         yield gradients + 2 * size.head_weights + size.other_weights + 2 * size.R  # the embedding's gradient
         yield weights  # the optimizer works in place
 
+    tensors = weights + state + max(moments())
     again = sum(s.stop - s.start for s in cut if s.recomputed)
     extra = again * (size.block_flops + (0 if kept_attention else size.attention_flops))
     if kept_attention:
@@ -140,7 +151,7 @@ def footprint(
         gradients=weights,
         optimizer=state,
         activations=activations,
-        peak=int(PACKING * (weights + state + max(moments()))) + RUNTIME_BYTES,
+        peak=int(PACKING * tensors) + RUNTIME_BYTES if device == "cpu" else tensors + WORKSPACE_BYTES,
         flops=3 * L * size.block_flops + L * size.attention_flops * 7 // 2 + 3 * size.head_flops,
         extra_flops=extra,
     )

@@ -17,7 +17,7 @@ from minigpt2.config import GPT2Config
 from minigpt2.device import synchronize
 from minigpt2.files import written_whole
 
-__all__ = ["Metrics", "flops_per_token", "matmul_rate", "peak_memory", "plot_losses", "read_rows"]
+__all__ = ["Metrics", "Speedometer", "flops_per_token", "matmul_rate", "peak_memory", "plot_losses", "read_rows"]
 
 FILE = "metrics.jsonl"
 
@@ -122,6 +122,20 @@ def flops_per_token(config: GPT2Config, length: int) -> float:
         L * (4 * C * C + 2 * C * config.inner) + config.vocab_size * C
     )  # entries of matrices that are multiplied by
     return 6.0 * weights + 12.0 * L * C * length
+
+
+class Speedometer:
+    """Measures a run against the matrix products of its device, in the dtype that it multiplies in."""
+
+    def __init__(self, config: GPT2Config, length: int, device: torch.device, dtype: torch.dtype, world: int) -> None:
+        self._share = flops_per_token(config, length) / world / matmul_rate(device, dtype)
+        self._device = device
+
+    def row(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Tokens a second, model-FLOP utilisation (a share of 1), and peak memory in GiB."""
+        speed = tokens / seconds
+        peak = peak_memory(self._device)
+        return {"tokens_per_second": speed, "mfu": speed * self._share, "peak_memory_gib": peak}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

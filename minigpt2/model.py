@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from minigpt2.attention import attention, causal_mask, check_backend, masked_attention, split_heads
 from minigpt2.config import GPT2Config
+from minigpt2.device import readable
 from minigpt2.dropout import dropout_add
+from minigpt2.gelu import gelu
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.product import project, project_transposed
 from minigpt2.recompute import check_checkpoint_every, check_recompute, recompute, recompute_input, segments
@@ -60,7 +62,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, product: Product) -> Tensor:
         h = product(lambda x: self.c_fc(norm(x)), x)  # (B, T, inner)
-        return product(lambda h: self.c_proj(F.gelu(h, approximate="tanh")), h)  # (B, T, C)
+        return product(lambda h: self.c_proj(gelu(h)), h)  # (B, T, C)
 
 
 class CausalSelfAttention(nn.Module):
@@ -256,8 +258,8 @@ class GPT2(nn.Module):
         self._check_input(input_ids, attention_mask, cache, past)
         T, device = input_ids.size(1), input_ids.device
         real = None if attention_mask is None else attention_mask.to(torch.bool)  # (B, past + T)
-        if real is not None and real.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Without padding before real tokens, causality is mask enough. (Elsewhere, to look would be to wait.)
+        if real is not None and readable(real):
+            # Without padding before real tokens, causality is mask enough.
             real = None if bool((real[:, 1:] <= real[:, :-1]).all()) else real
         if real is None:
             positions = torch.arange(past, past + T, device=device)  # (T,)
@@ -285,8 +287,7 @@ class GPT2(nn.Module):
             cache.check(B, T)
         if attention_mask is not None and attention_mask.shape != (B, past + T):
             raise ValueError(f"attention_mask must be {(B, past + T)}, got {tuple(attention_mask.shape)}")
-        # On other devices the check would wait for the device; there the embedding itself asserts.
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(input_ids):  # elsewhere the embedding itself asserts
             low, high = (int(bound) for bound in torch.aminmax(input_ids))
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high

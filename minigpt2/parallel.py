@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minigpt2.device import pick_device
 from minigpt2.model import GPT2
 
-__all__ = ["LossSum", "Processes", "distribute", "started", "unsynchronised"]
+__all__ = ["LossSum", "Processes", "compiled", "distribute", "started", "unsynchronised"]
 
 
 @dataclass(frozen=True)
@@ -111,20 +111,36 @@ def started(device: str) -> Iterator[Processes]:
 
 
 class LossSum(nn.Module):
-    """The sum of the losses of a batch as a forward pass, which is what DDP and FSDP2 wrap."""
+    """The sum of the losses of a batch as a forward pass, which is what DDP and FSDP2 wrap. With `compile` it is
+    compiled in training mode; the model itself, and with it the names of its parameters, stays as it is."""
 
-    def __init__(self, model: GPT2) -> None:
+    def __init__(self, model: GPT2, *, compile: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.training_loss = compiled(model.loss) if compile else model.loss
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        return self.model.loss(input_ids, targets, reduction="sum")
+        # Evaluation is too small a part of the work to be compiled once more.
+        loss = self.training_loss if self.training else self.model.loss
+        return loss(input_ids, targets, reduction="sum")
 
 
-def distribute(model: GPT2, mode: Literal["ddp", "fsdp"] | None, processes: Processes) -> nn.Module:
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function compiled by torch.compile as one graph, once for each shape; RuntimeError if that cannot be. Its
+    random numbers are those of the function itself, and so are its results, but for rounding."""
+    # Inductor has a random generator of its own, which would drop out other elements.
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
+
+
+def distribute(
+    model: GPT2, mode: Literal["ddp", "fsdp"] | None, processes: Processes, *, compile: bool = False
+) -> nn.Module:
     """A LossSum of the model whose gradients are the mean over processes. `model`, which must be the same everywhere,
-    keeps its names; with fsdp its parameters become shards (DTensors), a group for each block."""
-    network: nn.Module = LossSum(model)
+    keeps its names; with fsdp its parameters become shards (DTensors), a group for each block. Raises ValueError for
+    fsdp with `compile`: its hooks at each block do not go into one graph."""
+    if compile and mode == "fsdp":
+        raise ValueError("--compile cannot be combined with --parallel fsdp")
+    network: nn.Module = LossSum(model, compile=compile)
     if mode == "ddp":
         ids = [processes.device.index] if processes.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)

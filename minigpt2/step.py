@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from minigpt2.device import to_device
 from minigpt2.guards import first_nonfinite
 from minigpt2.model import GPT2
 from minigpt2.parallel import Processes, unsynchronised
@@ -36,26 +37,27 @@ def accumulate_gradients(
     processes: Processes,
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
-) -> tuple[float, int]:
+) -> tuple[Tensor, int]:
     """Add to the gradients those of one mean: of the loss over every target that is not -100, in all micro-batches of
     all processes. Returns that mean, in nats, and the number of targets.
 
-    `network` is that of parallel.distribute; each micro-batch is (input_ids, targets), (B, T) each, on its device.
+    `network` is that of parallel.distribute; each micro-batch is (input_ids, targets), (B, T) each, on the CPU. The
+    mean is a scalar tensor on the processes' device, which nothing here waits for.
     """
     counts = torch.stack([(targets != -100).sum() for _, targets in micro_batches])
     count = max(1, int(processes.sum(counts.sum())))
-    device = micro_batches[0][0].device
-    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    device = processes.device
+    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     for i, (input_ids, targets) in enumerate(micro_batches):
         last = i + 1 == len(micro_batches)
         with nullcontext() if last else unsynchronised(network):
             with autocast(device, precision):
-                loss = network(input_ids, targets)
+                loss = network(to_device(input_ids, device), to_device(targets, device))
             # The engines take the mean over processes; the loss is a sum over them.
             mean = loss * (processes.world / count)
             (mean if scaler is None else scaler.scale(mean)).backward()
-        total += loss.detach().to(total.device)
-    return (processes.sum(total) / count).item(), count
+        total += loss.detach()
+    return processes.sum(total) / count, count
 
 
 def culprit(
@@ -69,7 +71,8 @@ def culprit(
     """Run a bad step again, look at every tensor, and say which module made the first that is not finite. Leaves the
     gradients of that, and draws the random numbers of the step."""
     model.zero_grad()
-    with first_nonfinite(model) as found:
+    # To look at a tensor is nothing that could be compiled.
+    with torch.compiler.set_stance("force_eager"), first_nonfinite(model) as found:
         accumulate_gradients(network, micro_batches, processes, precision, scaler)
     for rank, names in enumerate(processes.gather(found[:1])):
         if names:
@@ -85,18 +88,19 @@ def mean_loss(network: nn.Module, batches: Iterable[Batch], processes: Processes
     numbers."""
     rank, world, device = processes.rank, processes.world, processes.device
     network.eval()
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
+    losses, count = [], 0
     for input_ids, targets in batches:
         more = -len(input_ids) % world  # rows without targets, so that each process has as many
-        x = torch.cat([input_ids, input_ids[:1].expand(more, -1)])[rank::world].to(device)
-        y = F.pad(targets, (0, 0, 0, more), value=-100)[rank::world].to(device)
+        x = torch.cat([input_ids, input_ids[:1].expand(more, -1)])[rank::world]
+        y = F.pad(targets, (0, 0, 0, more), value=-100)[rank::world]
         with autocast(device, precision):
-            loss = network(x, y)
-        sums += torch.tensor([loss.item(), (y != -100).sum().item()])
+            losses.append(network(to_device(x, device), to_device(y, device)))
+        count += int((y != -100).sum())
     if isinstance(network, FSDPModule):
         network.reshard()  # a forward pass leaves the outermost group whole, for the backward pass that did not come
     network.train()
-    loss_sum, count = processes.sum(sums).tolist()
+    own = [sum(torch.stack(losses).tolist()), count]
+    loss_sum, count = processes.sum(torch.tensor(own, dtype=torch.float64)).tolist()
     return loss_sum / count
 
 

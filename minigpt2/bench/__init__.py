@@ -1,1 +1,1 @@
-"""Measurements, run by hand: `minigpt2 bench attention | generate | memory | step`, each beside a peer in the same run."""
+"""Measurements, run by hand: `minigpt2 bench attention | generate | memory | step`, each beside a peer in one run."""
