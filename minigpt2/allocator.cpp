@@ -3,8 +3,9 @@
 // A training step allocates and frees gigabytes in an order that is nearly a stack's: the forward pass piles activations
 // up, the backward pass takes them down. The C library either returns large blocks to the system, so that every use pays
 // for the first touch of fresh pages, or keeps them in a heap that alignment and small neighbours break into holes. Here
-// large blocks lie in one range of addresses of their own. A request takes the smallest hole that holds it (the lowest of equals), a freed block
-// merges with the holes beside it, and nothing is given back: once touched, a page serves every later step.
+// large blocks lie in one range of addresses of their own. A request takes the smallest hole that holds it (the lowest of
+// equals), a freed block merges with the holes beside it, and nothing is given back: once touched, a page serves every
+// later step.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>

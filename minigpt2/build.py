@@ -149,6 +149,8 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.minigpt2_attention.argtypes = [*sizes, *strided, pointer, pointer, number, pointer]
     loaded.minigpt2_attention_backward.argtypes = [*sizes, *strided, *strided, *[pointer] * 3, number, pointer]
     loaded.minigpt2_dropout_add.argtypes = [ctypes.c_int, integer, integer, *[pointer] * 3, number, pointer]
+    loaded.minigpt2_gelu.argtypes = [ctypes.c_int, integer, *[pointer] * 3]
     cached: list[Any] = [*strided, integer]
     loaded.minigpt2_decode.argtypes = [*sizes, *strided, *cached, *cached, pointer]
+    loaded.minigpt2_few_rows.argtypes = [*[integer] * 3, pointer, integer, *[pointer] * 3]  # M, K, N, ...
     return loaded

@@ -37,7 +37,7 @@ def dropout_add(x: Tensor, residual: Tensor | None, p: float) -> Tensor:
 
 @constant_to_compiler
 def _served(device: str, dtype: torch.dtype) -> bool:
-    return unavailable(device, dtype, 64) is None
+    return device == "cpu" and unavailable(device, dtype, 64) is None
 
 
 torch.library.define("minigpt2::dropout_add", "(Tensor x, Tensor? residual, float p, Tensor seed) -> Tensor")

@@ -19,7 +19,9 @@ from minigpt2.attention import attention, causal_mask, check_backend, masked_att
 from minigpt2.config import GPT2Config
 from minigpt2.device import readable
 from minigpt2.dropout import dropout_add
+from minigpt2.gelu import gelu
 from minigpt2.loss import linear_cross_entropy
+from minigpt2.product import project, project_transposed
 from minigpt2.recompute import check_checkpoint_every, check_recompute, recompute, recompute_input, segments
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.weight)  # (B * T, out)
+        y = project(x.reshape(-1, x.size(-1)), self.weight, self.bias)  # (B * T, out)
         return y.view(*x.shape[:-1], y.size(-1))
 
 
@@ -60,7 +62,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, product: Product) -> Tensor:
         h = product(lambda x: self.c_fc(norm(x)), x)  # (B, T, inner)
-        return product(lambda h: self.c_proj(F.gelu(h, approximate="tanh")), h)  # (B, T, C)
+        return product(lambda h: self.c_proj(gelu(h)), h)  # (B, T, C)
 
 
 class CausalSelfAttention(nn.Module):
@@ -234,7 +236,7 @@ class GPT2(nn.Module):
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after the last one: `forward` without the head of the other positions."""
-        return F.linear(self.hidden(input_ids, attention_mask, cache)[:, -1], self.wte.weight)
+        return project_transposed(self.hidden(input_ids, attention_mask, cache)[:, -1], self.wte.weight)
 
     def loss(
         self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *, reduction: str = "mean"

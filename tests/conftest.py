@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Before anything imports Triton, which transformers does: where there is no GPU, its interpreter runs our kernels.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from hugging_face import random_hf
 from transformers import GPT2Config as HFConfig
 

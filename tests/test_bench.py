@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minigpt2 import GPT2Config
+from minigpt2.bench.generate import bench_generate, memory_rates
 from minigpt2.bench.memory import bench_memory
 from minigpt2.bench.step import bench_step, roofline_seconds
 from minigpt2.bench.worker import Job, measure
@@ -48,6 +49,31 @@ def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^ +\d+\.\d%  attention$", printed, re.MULTILINE)
     config = GPT2Config().replace(**TINY)
     assert 0 < roofline_seconds(config, 1, 16) < roofline_seconds(config.replace(n_layer=200), 1, 16)
+
+
+def test_bench_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench_generate(config=TINY, batches=(1, 3), tokens=12, prompt=4, rounds=2)
+    assert [row.batch for row in found] == [1, 3]
+    for row in found:
+        assert row.same_ids
+        assert row.weight_bytes == 4 * (200 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32)  # no position embedding
+        assert list(row.seconds) == ["minigpt2", "transformers"]
+        assert 0 < row.share < row.share_with_cache
+        assert row.ratio is not None
+        assert row.ratio[1] <= row.ratio[0] <= row.ratio[2]
+    printed = capsys.readouterr().out
+    assert printed.startswith("bench generate: ")
+    assert printed.count("of the memory-bandwidth limit") == printed.count("the same ids") == 2
+    assert all(rate > 0 for rate in memory_rates(2**16))
+
+
+def test_a_generation_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"20 \+ 13 tokens do not fit the context length 32"):
+        bench_generate(config=TINY, tokens=13, prompt=20)
+    with pytest.raises(ValueError, match="must be >= 1"):
+        bench_generate(config=TINY, batches=(1, 0))
+    with pytest.raises(ValueError, match="must be >= 1"):
+        bench_generate(config=TINY, tokens=0)
 
 
 def test_a_job_that_fails_says_why() -> None:

@@ -1,7 +1,7 @@
 """Causal self-attention on the packed projection, with a choice of backends.
 
 `"eager"` is the definition (eager.py); `"sdpa"` is PyTorch's scaled_dot_product_attention; `"fused"` is this package's
-own kernel (fused.py and cpu.cpp); `"auto"` takes the fastest that can serve.
+own kernel (fused.py; cpu.cpp on the CPU, gpu.py on CUDA); `"auto"` takes the one that was measured to be fastest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def resolve_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int
     """The backend, other than `"auto"`, that serves tensors of this device type, dtype and head size.
 
     Raises RuntimeError, with the reason, if `"fused"` cannot; `"auto"` then takes sdpa, and says so once. On devices
-    other than the CPU `"auto"` is sdpa.
+    other than the CPU `"auto"` is sdpa: the fused kernel for CUDA has not been timed.
     """
     check_backend(backend)
     if backend in ("eager", "sdpa") or (backend == "auto" and device != "cpu"):
@@ -66,7 +66,7 @@ def explain_backend() -> str:
     """One line: what `"auto"` stands for here, and why."""
     reason = unavailable("cpu", torch.float32, 64)
     cpu = "fused on the CPU (the kernel is built)" if reason is None else f"sdpa on the CPU ({reason})"
-    return f"auto is {cpu}, sdpa on other devices (no kernel for them)"
+    return f"auto is {cpu}, sdpa on other devices (on CUDA fused is there to ask for, but was never timed)"
 
 
 def attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, backend: str = "auto") -> Tensor:
@@ -98,8 +98,8 @@ def masked_attention(
     """Attention under an explicit mask, for padded batches and for queries that continue a cache.
 
     q (B, H, T, D), k and v (B, H, S, D); boolean `mask` (True = visible) broadcasts to (B, H, T, S), and None means
-    that every query sees every key. Returns (B, T, C). The fused kernel serves one query without mask, dropout and
-    gradient, which is what generation asks for; sdpa serves the rest in its stead.
+    that every query sees every key. Returns (B, T, C). The fused kernel serves one query on the CPU, without mask,
+    dropout and gradient, which is what generation asks for; sdpa serves the rest in its stead.
     """
     chosen = resolve_backend(backend, q.device.type, q.dtype, q.size(3))
     if chosen == "eager":
@@ -114,7 +114,7 @@ def masked_attention(
 
 def _decodes(q: Tensor, k: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
     """Whether this is the case that fused.decode serves, and large enough that its work outweighs the call."""
-    plain = mask is None and q.size(2) == 1 and not dropout_p and not torch.is_grad_enabled()
+    plain = q.device.type == "cpu" and mask is None and q.size(2) == 1 and not dropout_p and not torch.is_grad_enabled()
     return plain and k.size(0) * k.size(2) >= 128
 
 

@@ -1,7 +1,8 @@
 """Fused causal attention: one operation forward, one backward, never a T x T matrix.
 
-The kernel is C++ (cpu.cpp, built at first use by build.py). It is called through ctypes: a plain C interface compiles
-in seconds where torch's own C++ headers take half a minute, and a call costs a few microseconds.
+On the CPU the kernel is C++ (cpu.cpp, built at first use by build.py). It is called through ctypes: a plain C interface
+compiles in seconds where torch's own C++ headers take half a minute, and a call costs a few microseconds. On CUDA it is
+Triton (gpu.py, imported at first use).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+CUDA_DTYPES = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}  # and the largest head size
 MAX_HEAD_DIM = 256
+TRITON = (3, 4)  # the first that keeps on disk which tiles it chose
 
 torch.library.define(
     "minigpt2::attention", "(Tensor qkv, int n_head, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)"
@@ -39,12 +42,14 @@ def constant_to_compiler(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def unavailable(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the fused kernel cannot serve tensors like these, or None if it can. May build the kernel."""
+    """Why the fused kernel cannot serve tensors like these, or None if it can. May build it, or import Triton."""
     return _reason(torch.device(device).type, dtype, head_dim)
 
 
 @functools.cache
 def _reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device == "cuda":
+        return _cuda_reason(dtype, head_dim)
     if device != "cpu":
         return f"there is no fused kernel for {device} tensors"
     if dtype not in DTYPES:
@@ -53,6 +58,26 @@ def _reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
         return f"the fused kernel serves head sizes that are multiples of 16 up to {MAX_HEAD_DIM}, not {head_dim}"
     found = build.kernel()
     return found if isinstance(found, str) else None
+
+
+def _cuda_reason(dtype: torch.dtype, head_dim: int) -> str | None:
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in CUDA_DTYPES:
+        return f"the fused kernel serves float16, bfloat16 and float32 on CUDA, not {name}"
+    if head_dim % 16 or not 16 <= head_dim <= CUDA_DTYPES[dtype]:
+        limit = f"{name} head sizes that are multiples of 16 up to {CUDA_DTYPES[dtype]}"
+        return f"the fused kernel serves {limit} on CUDA, not {head_dim}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
+        return f"the fused kernel needs a CUDA device of capability 8.0, and this is {torch.cuda.get_device_name()}"
+    try:
+        import triton
+    except ImportError:
+        return "the fused kernel needs Triton on CUDA: pip install triton"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
+        return f"the fused kernel needs Triton {TRITON[0]}.{TRITON[1]}, and this is {triton.__version__}"
+    return None
 
 
 @constant_to_compiler
@@ -65,17 +90,18 @@ def _refuse_unavailable(device: str, dtype: torch.dtype, head_dim: int) -> None:
 def fused_attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0) -> Tensor:
     """Causal multi-head attention. softmax(q k^T / sqrt(D)) v, FlashAttention's algorithm (arXiv:2205.14135).
 
-    qkv: (B, T, 3C), the queries, keys and values side by side, C = n_head * D; float32, bfloat16 (sums in float32) or
-    float64; any strides. Returns (B, T, C) in the same dtype. Dropout on the probabilities, with dropout_p in [0, 1],
-    draws one seed from torch's default generator. Raises RuntimeError where the kernel cannot serve (see
-    `unavailable`), ValueError for bad sizes.
+    qkv: (B, T, 3C), the queries, keys and values side by side, C = n_head * D; float32, bfloat16 (sums in float32), on
+    the CPU float64, on CUDA float16 (sums in float32); any strides. On CUDA, products of float32 are float32's, or tf32
+    where torch's own may be (torch.set_float32_matmul_precision). Returns (B, T, C) in the same dtype. Dropout on the
+    probabilities, with dropout_p in [0, 1], draws one seed from torch's default generator. Raises RuntimeError where
+    the kernel cannot serve (see `unavailable`), ValueError for bad sizes.
     """
     head_dim = _sizes(qkv, n_head)[3]
     _refuse_unavailable(qkv.device.type, qkv.dtype, head_dim)
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=qkv.device)
-    if _plain(qkv):
+    if qkv.device.type == "cpu" and _plain(qkv):
         return _attention(qkv, n_head, dropout_p, seed)[0]
     out: Tensor = torch.ops.minigpt2.attention(qkv, n_head, dropout_p, seed)[0]
     return out
@@ -114,8 +140,11 @@ def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one query over a cache, without a mask and without gradients.
 
     q: (B, H, 1, D); k, v: (B, H, T, D), often views of a longer cache: any strides but the last, which must be 1.
-    Returns (B, H, 1, D). Raises RuntimeError where the kernel cannot serve, ValueError for bad sizes.
+    Returns (B, H, 1, D). Raises RuntimeError where the kernel cannot serve (there is one for the CPU only), ValueError
+    for bad sizes.
     """
+    if q.device.type != "cpu":
+        raise RuntimeError(f"there is no decode kernel for {q.device.type} tensors")
     _refuse_unavailable(q.device.type, q.dtype, q.shape[-1])
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("decode has no gradient; call it under torch.no_grad()")
@@ -158,17 +187,27 @@ def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _check_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> None:
+    if dropout_p and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
+        raise ValueError("dropout needs a seed: one int64, on the device of qkv")
+
+
 def _seed_pointer(seed: Tensor | None, dropout_p: float) -> int | None:
-    if dropout_p == 0.0:
-        return None
-    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError("dropout needs a seed: one int64")
-    return seed.data_ptr()
+    return None if seed is None or dropout_p == 0.0 else seed.data_ptr()
+
+
+def _check_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> None:
+    B, T, H, D = _sizes(qkv, n_head)
+    if grad_out.shape != (B, T, H * D) or out.shape != grad_out.shape or lse.shape != (B, H, T):
+        raise ValueError("the gradient, the output and the log-sum-exp must belong to qkv")
+    if not qkv.dtype == grad_out.dtype == out.dtype or lse.dtype != _lse_dtype(qkv.dtype):
+        raise ValueError("the gradient and the output must have the dtype of qkv")
 
 
 def _attention(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     B, T, H, D = _sizes(qkv, n_head)
     kernel = _kernel(qkv, D)
+    _check_seed(seed, dropout_p, qkv.device)
     qkv = _rows(qkv)
     out, lse = qkv.new_empty((B, T, H * D)), torch.empty((B, H, T), dtype=_lse_dtype(qkv.dtype))
     batch, row, _ = qkv.stride()
@@ -182,16 +221,34 @@ def _attention_backward(
 ) -> Tensor:
     B, T, H, D = _sizes(qkv, n_head)
     kernel = _kernel(qkv, D)
-    if grad_out.shape != (B, T, H * D) or out.shape != grad_out.shape or lse.shape != (B, H, T):
-        raise ValueError("the gradient, the output and the log-sum-exp must belong to qkv")
-    if not qkv.dtype == grad_out.dtype == out.dtype or lse.dtype != _lse_dtype(qkv.dtype):
-        raise ValueError("the gradient and the output must have the dtype of qkv")
+    _check_backward(grad_out, qkv, out, lse, n_head)
+    _check_seed(seed, dropout_p, qkv.device)
     qkv, grad_out, out, lse = _rows(qkv), _rows(grad_out), out.contiguous(), lse.contiguous()
     grad_qkv = torch.empty((B, T, 3 * H * D), dtype=qkv.dtype)
     _check(kernel.minigpt2_attention_backward(
         DTYPES[qkv.dtype], B, T, H, D, qkv.data_ptr(), *qkv.stride()[:2], grad_out.data_ptr(), *grad_out.stride()[:2],
         out.data_ptr(), lse.data_ptr(), grad_qkv.data_ptr(), dropout_p, _seed_pointer(seed, dropout_p)))  # fmt: skip
     return grad_qkv
+
+
+def _attention_cuda(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    _refuse_unavailable("cuda", qkv.dtype, _sizes(qkv, n_head)[3])
+    _check_seed(seed, dropout_p, qkv.device)
+    from minigpt2.attention import gpu
+
+    return gpu.forward(_rows(qkv), n_head, dropout_p, seed)
+
+
+def _attention_backward_cuda(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    _refuse_unavailable("cuda", qkv.dtype, _sizes(qkv, n_head)[3])
+    _check_backward(grad_out, qkv, out, lse, n_head)
+    _check_seed(seed, dropout_p, qkv.device)
+    from minigpt2.attention import gpu
+
+    tensors = _rows(grad_out), _rows(qkv), out.contiguous(), lse.contiguous()
+    return gpu.backward(*tensors, n_head, dropout_p, seed)
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -244,6 +301,8 @@ def _no_second_backward(ctx: Any, grad: Tensor) -> None:
 torch.library.impl("minigpt2::attention", "CPU", _attention)
 torch.library.impl("minigpt2::attention_backward", "CPU", _attention_backward)
 torch.library.impl("minigpt2::decode", "CPU", _decode)
+torch.library.impl("minigpt2::attention", "CUDA", _attention_cuda)
+torch.library.impl("minigpt2::attention_backward", "CUDA", _attention_backward_cuda)
 torch.library.register_fake("minigpt2::attention", _attention_fake)
 torch.library.register_fake("minigpt2::attention_backward", _attention_backward_fake)
 torch.library.register_fake("minigpt2::decode", _decode_fake)

@@ -1,1 +1,1 @@
-"""Measurements, run by hand: `minigpt2 bench attention | memory | step`. Each compares with a peer in the same run."""
+"""Measurements, run by hand: `minigpt2 bench attention | generate | memory | step`, beside a peer in the same run."""

@@ -2,7 +2,8 @@
 
 Every round times everything once, one after the other in one process, from the same packed tensor, so that what slows
 the machine slows all of them; the figures are medians over rounds, and a ratio is taken within its round. Each call
-allocates its own output and gradient, for both. A forward pass is 2 matrix products and a backward pass 5 (one of them
+allocates its own output and gradient, for both. On CUDA the device is waited for before and after the calls of a
+measurement, and tiles are chosen before it. A forward pass is 2 matrix products and a backward pass 5 (one of them
 rebuilds the scores), each 2 * T^2 * D operations a head; half of that is counted, because half of the pairs are masked.
 """
 
@@ -18,12 +19,14 @@ from typing import Literal
 import torch
 
 from minigpt2.attention import attention
-from minigpt2.attention.fused import decode
+from minigpt2.attention.fused import decode, unavailable
 from minigpt2.bench.header import header
+from minigpt2.device import pick_device, synchronize
 
 SHAPES = ((8, 256), (4, 1024), (1, 4096))  # (B, T)
 DECODE_SHAPES = ((1, 64), (1, 256), (1, 1024), (8, 64), (8, 256), (8, 1024))
 PEER = "sdpa"
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,35 +50,42 @@ def bench_attention(
     n_head: int = 12,
     head_dim: int = 64,
     dropouts: Sequence[float] = (0.0, 0.1),
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "cpu",
     repeats: int = 7,
     least_seconds: float = 0.1,
     decode_shapes: Sequence[tuple[int, int]] = DECODE_SHAPES,
 ) -> list[Measurement]:
     """Time the fused attention kernel against sdpa and a matrix product, and one step of generation against sdpa.
 
-    Prints a table of each; returns the rows of the first.
+    Prints a table of each, on CUDA of the first alone; returns the rows of the first. On CUDA a line at the end says
+    whether the fused kernel was the faster one in training at every shape.
 
     Args:
         shapes: Pairs: sequences in a batch, and tokens in each.
         n_head: Attention heads.
         head_dim: Width of a head.
         dropouts: Dropout probabilities; the price of each is over the first.
-        dtype: What the tensors are.
+        dtype: What the tensors are; float16 on CUDA only.
+        device: cpu, cuda or cuda:N; auto is CUDA, else the CPU.
         repeats: Rounds, each of which times everything once.
         least_seconds: A measurement repeats its call for at least so long.
         decode_shapes: Pairs: sequences in a batch, and tokens in the cache that one query reads.
     """
     torch.manual_seed(0)
-    tensors = getattr(torch, dtype)
+    tensors, place = getattr(torch, dtype), pick_device(device)
+    reason = unavailable(place, tensors, head_dim)
+    if reason is not None:
+        raise ValueError(f"there is nothing to measure: {reason}")
     print(header("attention"))
-    print(f"{dtype}, H = {n_head}, D = {head_dim}; medians of {repeats} rounds")
+    on = f"{torch.cuda.get_device_name(place)}, " if place.type == "cuda" else ""
+    print(f"{on}{dtype}, H = {n_head}, D = {head_dim}; medians of {repeats} rounds")
     print(
         f"{'shape':>10} {'p':>4} {'pass':>8} {'GFLOP/s':>8} {'x sdpa':>7} {'(range)':>14} {'of mm':>6} {'dropout':>8}"
     )
     rows = []
     for B, T in shapes:
-        for row in _bench_shape(B, T, n_head, head_dim, dropouts, tensors, repeats, least_seconds):
+        for row in _bench_shape(B, T, n_head, head_dim, dropouts, tensors, place, repeats, least_seconds):
             low, high = row.ratio_range
             print(
                 f"{f'B{B} T{T}':>10} {row.dropout_p:>4} {'fwd+bwd' if row.backward else 'fwd':>8} {row.rate:>8.0f}"
@@ -84,7 +94,11 @@ def bench_attention(
                 flush=True,
             )
             rows.append(row)
-    if decode_shapes:
+    if place.type == "cuda" and rows:
+        least = min(row.ratio for row in rows if row.backward)
+        verdict = "faster" if least > 1 else "not faster"
+        print(f"forward and backward: fused is {verdict} than sdpa at every shape; its least ratio is {least:.2f}")
+    elif decode_shapes and place.type == "cpu":
         bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=tensors)
     return rows
 
@@ -129,12 +143,15 @@ def _bench_shape(
     head_dim: int,
     dropouts: Sequence[float],
     dtype: torch.dtype,
+    device: torch.device,
     repeats: int,
     least_seconds: float,
 ) -> list[Measurement]:
-    qkv = torch.randn(B, T, 3 * n_head * head_dim).to(dtype).requires_grad_()
-    grad = torch.randn(B, T, n_head * head_dim).to(dtype)
-    a, b = torch.randn(2, 1024, 1024).to(dtype)
+    qkv = torch.randn(B, T, 3 * n_head * head_dim).to(device, dtype).requires_grad_()
+    grad = torch.randn(B, T, n_head * head_dim).to(device, dtype)
+    seconds = functools.partial(_seconds, least_seconds=least_seconds, device=device)
+    side = 8192 if qkv.is_cuda else 1024  # of the matrix product: enough work for the device
+    a, b = torch.randn(2, side, side).to(device, dtype)
     forward_flops = 2 * B * n_head * T * T * head_dim
 
     def run(backend: str, p: float, backward: bool) -> None:
@@ -149,11 +166,14 @@ def _bench_shape(
     mm_rates: list[float] = []
     ours: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
     peer: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
-    for _ in range(repeats):
-        mm_rates.append(2 * 1024**3 / _seconds(lambda: torch.mm(a, b), least_seconds))
+    if qkv.is_cuda:
         for p, backward in cases:
-            ours[p, backward].append(_seconds(functools.partial(run, "fused", p, backward), least_seconds))
-            peer[p, backward].append(_seconds(functools.partial(run, PEER, p, backward), least_seconds))
+            run("fused", p, backward)
+    for _ in range(repeats):
+        mm_rates.append(2 * side**3 / seconds(lambda: torch.mm(a, b)))
+        for p, backward in cases:
+            ours[p, backward].append(seconds(functools.partial(run, "fused", p, backward)))
+            peer[p, backward].append(seconds(functools.partial(run, PEER, p, backward)))
 
     rows = []
     for p, backward in cases:
@@ -177,12 +197,16 @@ def _bench_shape(
     return rows
 
 
-def _seconds(call: Callable[[], object], least_seconds: float) -> float:
+def _seconds(call: Callable[[], object], least_seconds: float, device: torch.device = CPU) -> float:
     """Seconds a call, over as many calls as fill `least_seconds`."""
-    calls, start = 0, time.perf_counter()
+    synchronize(device)
+    calls, burst, start = 0, 1, time.perf_counter()
     while True:
-        call()
-        calls += 1
+        for _ in range(burst):
+            call()
+        synchronize(device)
+        calls += burst
         elapsed = time.perf_counter() - start
         if elapsed >= least_seconds:
             return elapsed / calls
+        burst *= 1 if device == CPU else 2  # to wait for a device after every call would be a part of the time

@@ -13,6 +13,7 @@ import tyro
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+from minigpt2.loss import chunk_shape
 
 __all__ = ["bench_step", "roofline_seconds"]
 
@@ -96,15 +97,17 @@ def bench_step(
     return results
 
 
-# Where time goes: the operations, by the beginnings of their names, that each line of the profile adds up.
+# Where time goes: the operations, by the beginnings of their names, that each line of the profile adds up. The forward
+# of an operation of our own is recorded under the name that torch.library gives its autograd function.
+_FORWARD = "GeneratedBackwardFor_minigpt2_"
 _LINES = {
     "matrix products": "aten::mm aten::addmm",
-    "attention": "minigpt2::attention aten::_scaled_dot_product",
-    "loss, beside its products": "minigpt2::linear_cross_entropy aten::_softmax aten::softmax aten::amax aten::gather "
-    "aten::scatter aten::log aten::where aten::masked_fill",
+    "attention": f"{_FORWARD}attention minigpt2::attention aten::_scaled_dot_product",
+    "loss, beside its products": f"{_FORWARD}linear minigpt2::linear aten::_softmax aten::softmax aten::amax "
+    "aten::gather aten::scatter aten::log aten::where aten::masked_fill",
     "LayerNorm": "aten::native_layer_norm",
-    "GELU": "aten::gelu",
-    "dropout and residual": "minigpt2::dropout_add aten::add aten::mul",
+    "GELU": f"{_FORWARD}gelu minigpt2::gelu aten::gelu",
+    "dropout and residual": f"{_FORWARD}dropout minigpt2::dropout aten::add aten::mul",
     "gradients of the biases": "aten::sum",
     "embedding": "aten::embedding aten::index",
     "AdamW": "aten::_fused_adamw Optimizer. aten::zero_",
@@ -130,14 +133,18 @@ def _profile_table(result: Result) -> str:
 
 def roofline_seconds(config: GPT2Config, batch: int, length: int, repeats: int = 3) -> float:
     """Seconds that the matrix products of a step, forward and backward, take by themselves: each shape is timed with
-    torch.mm (the best of `repeats`), and attention is charged at the rate of one of them."""
-    N, C, V = batch * length, config.n_embd, config.vocab_size
-    rows = min(N, 512)  # the head is worked through in chunks
+    torch.mm (the best of `repeats`), and attention is charged at the rate of the fastest of them."""
+    N, C = batch * length, config.n_embd
+    rows, V = chunk_shape(N, config.vocab_size)  # the head is worked through in chunks, whose rows are padded
     block = [(N, C, 3 * C), (N, C, C), (N, C, config.inner), (N, config.inner, C)]
+    products: list[tuple[float, tuple[int, int, int], bool]] = [(config.n_layer, shape, False) for shape in block]
+    products.append((N / rows, (rows, C, V), True))  # the head lies as the embedding does
     total = rate = 0.0
-    for times, (n, a, b) in [*((config.n_layer, s) for s in block), (N / rows, (rows, C, V))]:
-        x, w, y = torch.randn(n, a), torch.randn(a, b), torch.randn(n, b)
-        seconds = sum(_best(p, repeats) for p in ((x, w), (y, w.t()), (x.t(), y)))
+    for times, (n, a, b), transposed in products:
+        x, y = torch.randn(n, a), torch.randn(n, b)
+        w = torch.randn(b, a).t() if transposed else torch.randn(a, b)
+        gradient = (y.t(), x) if transposed else (x.t(), y)
+        seconds = sum(_best(pair, repeats) for pair in ((x, w), (y, w.t()), gradient))
         total += times * seconds
         rate = max(rate, 6 * n * a * b / seconds)
     attention = 7 * batch * length * length * C * config.n_layer  # 7 products, half of each above the diagonal

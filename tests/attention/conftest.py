@@ -1,15 +1,33 @@
+import importlib.util
 import math
 
 import pytest
 import torch
+from implementations import IMPLEMENTATIONS, Operation, operation, repair_bfloat16
 from torch import Tensor
 
 from minigpt2.attention.eager import split_heads
 from minigpt2.attention.fused import unavailable
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_in_the_interpreter():
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("triton"):
+            repair_bfloat16(patch)
+        yield
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def op(request: pytest.FixtureRequest) -> Operation:
+    """Each implementation of the operation in turn."""
+    return operation(request.param)
+
+
 @pytest.fixture(autouse=True)
-def needs_the_kernel():
+def needs_the_kernel(request: pytest.FixtureRequest):
+    if "op" in request.fixturenames and type(request.getfixturevalue("op")) is not Operation:
+        return
     reason = unavailable("cpu", torch.float32, 64)
     if reason is not None and "no C++ compiler" in reason:
         pytest.skip(reason)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer. Needs g++ with both.
+# Runs the tests of the compiled operations under AddressSanitizer and UndefinedBehaviorSanitizer. Needs g++ with both.
 #     tests/attention/sanitize.sh [pytest arguments]
 set -eu
 cd "$(dirname "$0")/../.."
@@ -13,4 +13,5 @@ export UBSAN_OPTIONS=print_stacktrace=1
 # Left out: torch.compile, whose own compiler runs would be sanitized too, and the tests of building and of memory use.
 PYTHONPATH=. "${PYTHON:-python}" -m pytest -q -p no:cacheprovider \
     tests/attention/test_fused_accuracy.py tests/attention/test_fused_dropout.py tests/attention/test_fused_op.py \
+    tests/test_dropout.py tests/test_gelu.py \
     -k "not compile" "$@"

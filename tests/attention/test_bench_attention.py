@@ -1,5 +1,9 @@
+import sys
+
+import pytest
 import torch
 
+from minigpt2.__main__ import main
 from minigpt2.bench.attention import bench_attention, bench_decode
 
 
@@ -19,3 +23,29 @@ def test_the_head_names_machine_versions_and_command(capsys):
     assert f"torch {torch.__version__}" in out
     assert f"{torch.get_num_threads()} threads" in out
     assert "command: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--dtype", "float16"], "there is nothing to measure: the fused kernel serves float32, bfloat16 and float64"),
+        (["--device", "gpu"], "--device gpu is not available"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda is not available",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_named(arguments, why, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minigpt2", "bench", "attention", *arguments])
+    assert main() == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_on_cuda_there_is_a_verdict(dtype, capsys):
+    tiny = {"n_head": 2, "head_dim": 64, "repeats": 2, "least_seconds": 0.0}
+    assert len(bench_attention([(1, 128)], dtype=dtype, device="cuda", **tiny)) == 4
+    assert "faster than sdpa at every shape" in capsys.readouterr().out

@@ -1,9 +1,11 @@
-"""The kernel against the eager form in float64, and against itself where results must not depend on how it ran."""
+"""The kernels against the eager form in float64, and themselves where results must not depend on how they ran."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from implementations import DTYPES, SEED, for_each, operation
 
 from minigpt2.attention import attention
 from minigpt2.attention.eager import split_heads
@@ -12,11 +14,24 @@ from minigpt2.attention.fused import dropout_mask
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 1000, 1024]
 SHAPES = [(2 if T < 1000 else 1, T, 3 if T < 1000 else 2, 64) for T in LENGTHS]
 SHAPES += [(1, 70, 2, D) for D in (16, 32, 48, 80, 112, 128, 256)] + [(1, 400, 1, 128), (1, 200, 1, 256), (5, 3, 1, 64)]
-SEED = 0x0123_4567_89AB_CDEF
 
 
-def op(qkv, n_head, p=0.0, seed=SEED):
-    return torch.ops.minigpt2.attention(qkv, n_head, p, torch.tensor(seed) if p else None)
+def grid():
+    """(implementation, B, T, H, D, dtype, p); fewer in the interpreter, and the long ones with one head."""
+    cases = []
+    for name, dtypes in DTYPES.items():
+        for (B, T, H, D), dtype, p in itertools.product(SHAPES, dtypes, (0.0, 0.1)):
+            if name != "cpu" and dtype == torch.float32 and D > 128:
+                continue
+            if name == "interpreter":
+                if (T >= 200 and (dtype, p) != (torch.bfloat16, 0.1)) or (dtype, p) in (
+                    (torch.bfloat16, 0.0),
+                    (torch.float16, 0.1),
+                ):
+                    continue
+                H = 1 if T >= 200 else min(H, 2)
+            cases.append(pytest.param(name, B, T, H, D, dtype, p, marks=[pytest.mark.cuda] if name == "cuda" else []))
+    return cases
 
 
 def forward_and_gradients(function, qkv, grad):
@@ -30,10 +45,8 @@ def relative_error(x, reference):
     return ((x.double() - reference).norm() / reference.norm()).item() if reference.norm() else x.double().norm().item()
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(("B", "T", "H", "D"), SHAPES)
-def test_error_is_at_most_twice_that_of_eager(B, T, H, D, dtype, p, eager):
+@pytest.mark.parametrize(("op", "B", "T", "H", "D", "dtype", "p"), grid(), indirect=["op"])
+def test_error_is_at_most_twice_that_of_eager(op, B, T, H, D, dtype, p, eager):
     torch.manual_seed(T * 1000 + D)
     qkv, grad = torch.randn(B, T, 3 * H * D).to(dtype), torch.randn(B, T, H * D).to(dtype)
     keep = dropout_mask(SEED, B, H, T, p) if p else None
@@ -47,13 +60,15 @@ def test_error_is_at_most_twice_that_of_eager(B, T, H, D, dtype, p, eager):
     for name, e, a, b in zip(("out", "dq", "dk", "dv"), exact, plain, fused, strict=True):
         assert b.dtype == dtype
         if e.norm() < 1e-6 * size:
-            assert (b.double() - e).norm() <= 2 * (a.double() - e).norm() + floor * size, name
+            # Eager has exactly 0 there, and so has the C++ kernel; the Triton kernels take delta from the output.
+            roundings = 1 if op.tile == 1 else 4
+            assert (b.double() - e).norm() <= 2 * (a.double() - e).norm() + roundings * floor * size, name
         else:
             assert relative_error(b, e) <= 2 * relative_error(a, e) + floor, name
 
 
 @pytest.mark.parametrize("T", [1, 65, 300])
-def test_log_sum_exp(T):
+def test_log_sum_exp(op, T):
     torch.manual_seed(T)
     qkv = torch.randn(2, T, 3 * 128)
     lse = op(qkv, 2)[1]
@@ -82,7 +97,7 @@ def extreme_inputs():
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("name", list(extreme_inputs()))
-def test_extreme_inputs_stay_finite_where_eager_does(name, p, eager):
+def test_extreme_inputs_stay_finite_where_eager_does(op, name, p, eager):
     qkv = extreme_inputs()[name]
     grad = torch.randn(1, 130, 128, generator=torch.Generator().manual_seed(1))
     keep = dropout_mask(SEED, 1, 2, 130, p) if p else None
@@ -92,12 +107,15 @@ def test_extreme_inputs_stay_finite_where_eager_does(name, p, eager):
         assert (b.isfinite() | ~e.isfinite()).all()
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("row", [0, 5, 40, 64, 129])
-def test_nan_reaches_only_the_rows_that_see_it(row, value, p):
+NAN_CASES = list(itertools.product([0, 5, 40, 64, 129], [math.nan, math.inf], [0.0, 0.1]))
+
+
+@pytest.mark.parametrize(("op", "row", "value", "p"), for_each(NAN_CASES, NAN_CASES[3::5]), indirect=["op"])
+def test_nan_reaches_only_the_rows_that_see_it(op, row, value, p):
+    """Or, in the Triton kernels, no row before those of its own tile; and no other head."""
     torch.manual_seed(0)
     T, D = 130, 64
+    before = row // op.tile * op.tile
     for part, rows in (("q", [row]), ("k", range(row, T)), ("v", range(row, T))):
         qkv = torch.randn(2, T, 3 * 2 * D)
         q, k, v = split_heads(qkv, 2)  # views
@@ -105,7 +123,10 @@ def test_nan_reaches_only_the_rows_that_see_it(row, value, p):
         out = op(qkv, 2, p)[0].view(2, T, 2, D)
         expected = torch.zeros(2, T, 2, D, dtype=torch.bool)
         expected[0, list(rows), 1] = True
-        assert out[~expected].isfinite().all()
+        may = expected.clone()
+        if part != "q":
+            may[0, before:, 1] = True
+        assert out[~may].isfinite().all()
         if part == "v":
             expected[..., :7] = expected[..., 8:] = False
             assert out[..., :7].isfinite().all()
@@ -120,38 +141,41 @@ def test_nan_reaches_only_the_rows_that_see_it(row, value, p):
 
 
 @pytest.mark.parametrize("row", [0, 5, 64, 129])
-def test_nan_in_the_gradient_reaches_only_what_depends_on_it(row):
+def test_nan_in_the_gradient_reaches_only_what_depends_on_it(op, row):
+    """Or, in the Triton kernels, no key after those of its own tile."""
     torch.manual_seed(0)
     T, D = 130, 64
     qkv, grad = torch.randn(1, T, 3 * D), torch.randn(1, T, D)
     grad[0, row, 3] = math.nan
     _, dq, dk, dv = forward_and_gradients(lambda x: op(x, 1)[0], qkv, grad)
     rows = torch.arange(T)
+    after = rows > row if op.tile == 1 else rows >= (row // op.tile + 1) * op.tile
     assert dq[0, row].isnan().all()
     assert dq[0, rows != row].isfinite().all()
     assert dk[0, rows <= row].isnan().all()
-    assert dk[0, rows > row].isfinite().all()
+    assert dk[0, after].isfinite().all()
     assert dv[0, rows <= row, 3].isnan().all()
-    assert dv[0, rows > row].isfinite().all()
+    assert dv[0, after].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("B", "T", "H", "D"), [(1, 1000, 1, 64), (2, 300, 3, 64), (1, 431, 1, 128), (1, 50, 2, 16)])
 def test_threads_do_not_change_a_bit(B, T, H, D, dtype, threads):
-    """One head over three threads takes the backward pass of two passes, three heads and one thread the other."""
+    """In C++, where one head over three threads takes a backward pass of two passes, three heads and one thread not."""
     torch.manual_seed(0)
+    cpu = operation("cpu")
     qkv, grad = torch.randn(B, T, 3 * H * D).to(dtype), torch.randn(B, T, H * D).to(dtype)
     results = []
     for n in (1, 2, 3, 8):
         threads(n)
-        results.append(forward_and_gradients(lambda x: op(x, H, 0.1)[0], qkv, grad))
+        results.append(forward_and_gradients(lambda x: cpu(x, H, 0.1)[0], qkv, grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_strided_inputs_and_gradients():
+def test_strided_inputs_and_gradients(op):
     torch.manual_seed(0)
-    plain, grad = torch.randn(3, 40, 3 * 64), torch.randn(3, 40, 64)
+    plain, grad = torch.randn(3, 40, 3 * 64).to(op.device), torch.randn(3, 40, 64).to(op.device)
     expected = forward_and_gradients(lambda x: op(x, 1)[0], plain, grad)
 
     def run(qkv, grad):
@@ -159,7 +183,7 @@ def test_strided_inputs_and_gradients():
         out = op(qkv, 1)[0]
         return [out.detach(), *torch.autograd.grad(out, qkv, grad)[0].chunk(3, dim=-1)]
 
-    wide = torch.zeros(6, 40, 200)[::2]
+    wide = torch.zeros(6, 40, 200, device=op.device)[::2]
     wide[..., 3:195] = plain
     inputs = {
         "rows apart": wide[..., 3:195],
@@ -171,8 +195,11 @@ def test_strided_inputs_and_gradients():
         assert all(torch.equal(a, b) for a, b in zip(run(qkv, grad), expected, strict=True)), name
     strided_grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
     assert all(torch.equal(a, b) for a, b in zip(run(plain, strided_grad), expected, strict=True))
-    ones = forward_and_gradients(lambda x: op(x, 1)[0], plain, torch.ones(3, 40, 64))
-    assert all(torch.equal(a, b) for a, b in zip(run(plain, torch.ones(()).expand(3, 40, 64)), ones, strict=True))
+    ones = forward_and_gradients(lambda x: op(x, 1)[0], plain, torch.ones_like(grad))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(run(plain, torch.ones_like(grad[0, 0, 0]).expand(3, 40, 64)), ones, strict=True)
+    )
 
 
 def test_bad_sizes_and_dropout_are_refused():

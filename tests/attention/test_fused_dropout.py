@@ -11,16 +11,39 @@ from minigpt2.attention.fused import dropout_mask
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 0x0123_4567_89AB_CDEF, 2**63 - 2]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_the_kernel_applies_the_documented_mask(seed, p):
+def dtype_of(op):
+    """One that serves a head size of 240."""
+    return torch.float32 if op.device == "cpu" and op.tile == 1 else torch.bfloat16
+
+
+@pytest.mark.parametrize(("seed", "p"), [*((seed, 0.1) for seed in SEEDS), (SEEDS[-2], 0.5), (SEEDS[-1], 0.9)])
+def test_the_kernel_applies_the_documented_mask(op, seed, p):
     """With q = k = 0 and v the identity, the output is the matrix of probabilities itself."""
     B, H, T = 2, 2, 240
-    qkv = torch.zeros(B, T, 3, H, T)
+    qkv = torch.zeros(B, T, 3, H, T, dtype=dtype_of(op))
     qkv[:, :, 2] = torch.eye(T)[:, None]
-    out, _ = torch.ops.minigpt2.attention(qkv.view(B, T, -1), H, p, torch.tensor(seed))
+    out, _ = op(qkv.view(B, T, -1), H, p, seed)
     kept = out.view(B, T, H, T).transpose(1, 2) != 0
     assert torch.equal(kept, dropout_mask(seed, B, H, T, p).tril())
+
+
+@pytest.mark.parametrize(("seed", "p"), [(SEEDS[-2], 0.1), (SEEDS[-1], 0.5)])
+def test_the_backward_pass_applies_the_same_mask_to_all_three_gradients(op, seed, p):
+    """With q, k and the gradient the identity and v = 1, each of dq, dk and dv is a matrix with an entry for each pair:
+    dv is the dropped probabilities, and dq and dk are above 0 for what is kept, below for what is dropped."""
+    B, H, T = 1, 2, 240
+    identity = torch.eye(T, dtype=dtype_of(op))
+    qkv = torch.stack([identity, identity, torch.ones_like(identity)], 1)  # (T, 3, T)
+    qkv = qkv[:, :, None].expand(T, 3, H, T).reshape(B, T, 3 * H * T).requires_grad_()
+    out, _ = op(qkv, H, p, seed)
+    out.backward(identity[:, None].expand(T, H, T).reshape(B, T, H * T))
+    dq, dk, dv = qkv.grad.view(B, T, 3, H, T).permute(2, 0, 3, 1, 4)
+    kept = dropout_mask(seed, B, H, T, p).tril()
+    some_dropped = (kept.sum(-1, keepdim=True) < torch.arange(1, T + 1).view(T, 1)).expand_as(kept)  # or all are 0
+    assert some_dropped[..., 20:, :].double().mean() > 0.9
+    assert torch.equal(dv != 0, kept.mT)
+    assert torch.equal((dq > 0)[some_dropped], kept[some_dropped])
+    assert torch.equal((dk.mT > 0)[some_dropped], kept[some_dropped])
 
 
 def assert_four_sigma(kept, p, count):
