@@ -16,9 +16,11 @@ q, k and v are read where the projection left them, in the packed (B, T, 3C) ten
 repeat its last row: nothing is out of bounds, and what they add is 0 or never stored. Exponentials are to base 2,
 because that is the instruction; a factor of log2(e) is part of the scale. Sums are float32.
 
-Unlike the CPU's, a product on the diagonal multiplies masked pairs by 0, and 0 * NaN is NaN. So what is not finite may
-reach rows of its own tile that do not see it, but none before that tile. (To clear it out of the operands was tried: it
-takes so many registers that about half as many programs fit on a GPU.)
+Two things are not as on the CPU. delta comes from the output as it was rounded, not from P and dP; where a row sees one
+or two keys and nearly all of dP - delta cancels, that shows in dq and dk. And a product on the diagonal multiplies
+masked pairs by 0, and 0 * NaN is NaN: what is not finite may reach rows of its own tile that do not see it, but none
+before that tile. (To clear it out of the operands was tried: it takes so many registers that fewer programs fit on a
+GPU at a time.)
 
 This module imports Triton; fused.py imports this module when the first CUDA tensor comes.
 """
