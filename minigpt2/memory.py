@@ -49,8 +49,7 @@ RUNTIME_BYTES = 48 * 2**20
 WORKSPACE_BYTES = 32 * 2**20
 
 # Blocks of unlike sizes leave holes between them, also in the arena of tune_allocator: the peaks of processes were 3 to
-# 11% above the bytes of their tensors (minigpt2 bench memory), the most where most is recomputed. A budget is kept better
-# by a figure from the middle upward.
+# 11% above the bytes of their tensors, the most where most is recomputed (minigpt2 bench memory).
 PACKING = 1.06
 
 # Bytes of optimizer state for each byte of a parameter.
