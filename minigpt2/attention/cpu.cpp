@@ -839,9 +839,9 @@ template <class S, class A> void gelu(int64_t count, const S* x, const S* grad, 
 
 // Products of few rows, as in generation: up to FEW rows of x times weights that are far larger than the cache.
 //
-// What bounds them is reading the weights once. A general matrix product, made for many rows, reads them at half the rate of
-// memory or less. Here all rows of x meet a weight while it is in a register, and weights are read in long stretches, a
-// few side by side. What is added up and in which order depends on the sizes alone, not on the threads.
+// What bounds them is reading the weights once, and a general matrix product, made for many rows, does that far below the
+// rate of memory. Here all rows of x meet a weight while it is in a register or in L1, and weights are read in long
+// stretches, a few side by side. What is added up and in which order depends on K alone: not on threads or other rows.
 
 constexpr int FEW = 8;
 constexpr int CHUNKS = 8;         // into which the rows of w are cut, each with sums of its own
