@@ -1,9 +1,8 @@
 """The model's products with its weights, which generation makes for a few rows at a time.
 
-For few rows the time goes into reading the weights. The compiled kernel (attention/cpu.cpp) reads them at nearly the
-rate of memory for one row and at two thirds of it for eight, where the general matrix product reaches three fifths and
-a fifth (2 threads, AVX2, 124M). It serves what generation needs: float32 without gradients. torch.addmm and torch.mm
-serve the rest.
+For few rows the time goes into reading the weights. The compiled kernel (attention/cpu.cpp) reads them nearer to the
+rate of memory than a general matrix product does (`minigpt2 bench generate` says how near), and serves what
+generation needs: float32 without gradients. torch.addmm and torch.mm serve the rest.
 """
 
 from __future__ import annotations
