@@ -206,6 +206,7 @@ def info() -> None:
     import torch
 
     from minigpt2.attention import explain_backend
+    from minigpt2.product import explain_products
 
     print(f"minigpt2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {version(name)}" for name in ("safetensors", "tiktoken", "numpy", "huggingface_hub")))
@@ -213,6 +214,7 @@ def info() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"device: {device}; {torch.get_num_threads()} CPU threads, {capability}")
     print(f"attention: {explain_backend()}")
+    print(f"products of training, float32 on the CPU: {explain_products()}")
 
 
 def main() -> int:

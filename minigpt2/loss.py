@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minigpt2.device import readable
+from minigpt2.product import add_transposed_product, multiply, onednn_serves
 
 # The largest chunk of float32 logits, 333 tokens of GPT-2's. Every chunk reads all of the head twice, and reads and
 # writes all of its gradient, which few tokens do not repay: head and loss take 1.4 times as long with 64 tokens a chunk
@@ -124,10 +125,11 @@ def _chunked(
     factors = torch.where(counts, 1.0 if grad_losses is None else grad_losses, 0.0).to(wide).unsqueeze(1)
     head = weight.to(dtype)
     chunk_size, width = chunk_shape(tokens, vocab, chunk_size)
+    onednn = onednn_serves(chunk_size * head.numel(), hidden, head)  # which makes a chunk's memory itself, unpadded
 
     # All chunks share this memory. In lower precision the products need a copy of it in their dtype and a place for one
     # chunk's share of weight's gradient, which is summed in float32.
-    padded = hidden.new_empty(chunk_size, width, dtype=wide)
+    padded = hidden.new_empty(0 if onednn else chunk_size, width, dtype=wide)
     narrow = padded if dtype == wide else torch.empty_like(padded, dtype=dtype)
     weight_sum = grad_weight if grad_weight.dtype == wide else torch.empty_like(grad_weight, dtype=wide)
     share = torch.empty_like(grad_weight, dtype=dtype) if dtype != wide else None
@@ -135,12 +137,16 @@ def _chunked(
     for start in range(0, tokens, max(1, chunk_size)):
         chunk = slice(start, start + chunk_size)
         label, factor, inputs = labels[chunk], factors[chunk], hidden[chunk].to(dtype)
-        probs = padded[: len(label)]
-        z, operand = probs[:, :vocab], narrow[: len(label), :vocab]  # (n, V): the logits, and what is multiplied
-        torch.mm(inputs, head.t(), out=operand)
-        if dtype != wide:
-            z.copy_(operand)
-        probs[:, vocab:] = -torch.inf
+        if onednn:
+            probs = z = operand = None  # those of the last chunk make room
+            probs = z = operand = multiply(inputs, head.t())
+        else:
+            probs = padded[: len(label)]
+            z, operand = probs[:, :vocab], narrow[: len(label), :vocab]  # (n, V): the logits, and what is multiplied
+            torch.mm(inputs, head.t(), out=operand)
+            if dtype != wide:
+                z.copy_(operand)
+            probs[:, vocab:] = -torch.inf
         largest, logit = probs.amax(1), z.gather(1, label).squeeze(1)
         torch.softmax(probs, 1, out=probs)  # in place: the kernels finish a row's maximum and sum before they write it
         # The largest probability is exp(largest - logsumexp). It is at least 1 / V, so its logarithm is safe, unlike
@@ -152,12 +158,12 @@ def _chunked(
         if dtype != wide:
             operand.copy_(z)
         if want_hidden:
-            grad_hidden[chunk] = torch.mm(operand, head) * factor
+            grad_hidden[chunk] = multiply(operand, head) * factor
         if want_weight:
             # Scaling (n, C) inputs instead of (n, V) d spares a pass over the chunk.
             scaled = (inputs * factor).to(dtype)
             if share is None:
-                weight_sum.addmm_(operand.t(), scaled, beta=float(start > 0))  # beta = 0: the memory is yet unwritten
+                add_transposed_product(weight_sum, operand, scaled, first=start == 0)
             else:
                 torch.mm(operand.t(), scaled, out=share)
                 weight_sum.add_(share) if start else weight_sum.copy_(share)

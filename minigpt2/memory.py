@@ -27,6 +27,7 @@ import torch
 
 from minigpt2.config import GPT2Config
 from minigpt2.loss import chunk_shape
+from minigpt2.product import BLOCK, onednn_serves
 from minigpt2.recompute import RECOMPUTE, check_checkpoint_every, check_recompute, segments
 
 __all__ = [
@@ -109,7 +110,8 @@ def footprint(
         raise ValueError(f"batch must be >= 1 and length 1 to n_positions={config.n_positions}, got {batch}, {length}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    size = _Sizes(config, batch, length, dtype.itemsize, pointwise=check_recompute(recompute) == "pointwise")
+    pointwise, plain = check_recompute(recompute) == "pointwise", device == "cpu" and dtype == torch.float32
+    size = _Sizes(config, batch, length, dtype.itemsize, pointwise=pointwise, plain=plain)
     if device != "cpu" and config.resid_pdrop:
         size.block += 2 * batch * length * config.n_embd  # a mask of bytes for each of the two dropouts
     cut = segments(L, k)
@@ -165,7 +167,7 @@ def footprint(
 class _Sizes:
     """Bytes and operations of the pieces of a step."""
 
-    def __init__(self, config: GPT2Config, B: int, T: int, e: int, *, pointwise: bool) -> None:
+    def __init__(self, config: GPT2Config, B: int, T: int, e: int, *, pointwise: bool, plain: bool) -> None:
         C, inner, V = config.n_embd, config.inner, config.vocab_size
         wide = max(e, 4)  # statistics and sums are float32 at least
         self.R = B * T * C * e
@@ -180,11 +182,17 @@ class _Sizes:
         self.forward_extra = self.R + (act if pointwise else 0)
         # The gradients of the residual stream, of c_proj's output and of its input.
         self.backward_extra = 2 * self.R + act + (act if pointwise else 0)
+        if plain and onednn_serves(B * T * C * inner):
+            # For the gradient of c_proj's weight there are copies of its operands, before there is a gradient of its
+            # input, and the result is there twice.
+            self.backward_extra += self.R + 2 * C * inner * e
         self.block_weights = (4 * C * C + 2 * C * inner + 9 * C + inner) * e
         self.head_weights = V * C * e
         self.other_weights = (config.n_positions * C + 2 * C) * e
         rows, width = chunk_shape(B * T, V)
         self.chunk = rows * width * wide + 2 * rows * C * wide
+        if plain and onednn_serves(rows * V * C):
+            self.chunk += (rows + C) * min(V, BLOCK) * wide  # a block of the weight's gradient, and of the logits
         tokens = B * T
         self.block_flops = 2 * tokens * (4 * C * C + 2 * C * inner)
         self.last_product_flops = 2 * tokens * C * inner

@@ -18,7 +18,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from hugging_face import random_hf
 from transformers import GPT2Config as HFConfig
 
-from minigpt2 import GPT2, GPT2Config
+from minigpt2 import GPT2, GPT2Config, product
 
 OFFICIAL_GPT2 = Path(__file__).parent.parent / "weights" / "gpt2"
 
@@ -59,6 +59,16 @@ def hf_124m(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     random_hf(HFConfig()).save_pretrained(folder)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["torch.mm", "oneDNN"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The library that makes all of a test's float32 products, of any size, on a processor of any kind."""
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    monkeypatch.setattr(product, "_onednn_is_faster", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(product, "ONEDNN_LEAST", 0)
+    return request.param
 
 
 @pytest.fixture

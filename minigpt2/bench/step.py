@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -14,6 +16,7 @@ from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.loss import chunk_shape
+from minigpt2.product import add_transposed_product, multiply, onednn_serves, weight_gradient
 
 __all__ = ["bench_step", "roofline_seconds"]
 
@@ -40,7 +43,8 @@ def bench_step(
 
     Prints medians with their range over every step but each process's first. The roofline share is the time that the
     step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes in this run,
-    over the step's time. Recomputation counts as time, not as work.
+    over the step's time; where minigpt2 has another library make its products (minigpt2/product.py), also at the rates
+    that this one reaches. Recomputation counts as time, not as work.
 
     Args:
         model: An official name, or small: 6 layers of width 192.
@@ -70,11 +74,15 @@ def bench_step(
     print(header("step"))
     print(f"{model}, batch {batch} x {length}, dropout {dropout}, float32, AdamW; {rounds} x {steps} steps")
     results: dict[str, list[Result]] = {name: [] for name in jobs}
-    rooflines = []
+    full = GPT2Config().replace(**shape)
+    rooflines: dict[str, list[float]] = {"torch.mm": []}
+    if onednn_serves(batch * length * full.n_embd * full.inner):
+        rooflines["oneDNN"] = []
     for _ in range(rounds):
         for name, job in jobs.items():
             results[name].append(measure(job))
-        rooflines.append(roofline_seconds(GPT2Config().replace(**shape), batch, length))
+        for library, times in rooflines.items():
+            times.append(roofline_seconds(full, batch, length, library))
     for name, found in results.items():
         seconds = [s for r in found for s in r.seconds]
         median = statistics.median(seconds)
@@ -84,8 +92,8 @@ def bench_step(
         print(
             f"{name:>12}: {batch * length / median:,.0f} tokens/s, {median:.2f} s a step [{min(seconds):.2f}, "
             f"{max(seconds):.2f}] (forward {{:.2f}}, backward {{:.2f}}, optimizer {{:.2f}}), peak "
-            f"{max(r.peak for r in found) / 2**30:.2f} GiB, roofline share "
-            f"{statistics.median(rooflines) / median:.2f}".format(*parts)
+            f"{max(r.peak for r in found) / 2**30:.2f} GiB, roofline share ".format(*parts)
+            + ", ".join(f"{statistics.median(times) / median:.2f} of {name}" for name, times in rooflines.items())
         )
     for peer in list(jobs)[1:]:
         pairs = zip(results[peer], results["minigpt2"], strict=True)
@@ -101,7 +109,7 @@ def bench_step(
 # of an operation of our own is recorded under the name that torch.library gives its autograd function.
 _FORWARD = "GeneratedBackwardFor_minigpt2_"
 _LINES = {
-    "matrix products": "aten::mm aten::addmm",
+    "matrix products": "aten::mm aten::addmm mkldnn:: aten::mkldnn aten::to_mkldnn _Kept _Filled",
     "attention": f"{_FORWARD}attention minigpt2::attention aten::_scaled_dot_product",
     "loss, beside its products": f"{_FORWARD}linear minigpt2::linear aten::_softmax aten::softmax aten::amax "
     "aten::gather aten::scatter aten::log aten::where aten::masked_fill",
@@ -131,32 +139,47 @@ def _profile_table(result: Result) -> str:
     return "\n".join(f"{taken / total:>7.1%}  {line}" for line, taken in seconds.items())
 
 
-def roofline_seconds(config: GPT2Config, batch: int, length: int, repeats: int = 3) -> float:
+def roofline_seconds(config: GPT2Config, batch: int, length: int, library: str = "torch.mm", repeats: int = 3) -> float:
     """Seconds that the matrix products of a step, forward and backward, take by themselves: each shape is timed with
-    torch.mm (the best of `repeats`), and attention is charged at the rate of the fastest of them."""
+    torch.mm, or as the model makes it (the best of `repeats`), and attention is charged at the rate of the fastest of
+    them."""
     N, C = batch * length, config.n_embd
     rows, V = chunk_shape(N, config.vocab_size)  # the head is worked through in chunks, whose rows are padded
     block = [(N, C, 3 * C), (N, C, C), (N, C, config.inner), (N, config.inner, C)]
     products: list[tuple[float, tuple[int, int, int], bool]] = [(config.n_layer, shape, False) for shape in block]
     products.append((N / rows, (rows, C, V), True))  # the head lies as the embedding does
     total = rate = 0.0
-    for times, (n, a, b), transposed in products:
+    for times, (n, a, b), head in products:
         x, y = torch.randn(n, a), torch.randn(n, b)
-        w = torch.randn(b, a).t() if transposed else torch.randn(a, b)
-        gradient = (y.t(), x) if transposed else (x.t(), y)
-        seconds = sum(_best(pair, repeats) for pair in ((x, w), (y, w.t()), gradient))
+        w = torch.randn(b, a).t() if head else torch.randn(a, b)
+        out, grad_x, grad_w = torch.empty(n, b), torch.empty(n, a), torch.zeros(w.t().shape if head else w.shape)
+        calls: list[Callable[[], object]]
+        if library == "torch.mm":
+            left, right = (y.t(), x) if head else (x.t(), y)
+            calls = [
+                functools.partial(torch.mm, x, w, out=out),
+                functools.partial(torch.mm, y, w.t(), out=grad_x),
+                functools.partial(torch.mm, left, right, out=grad_w),
+            ]
+        else:
+            calls = [functools.partial(multiply, x, w), functools.partial(multiply, y, w.t())]
+            calls += [
+                functools.partial(add_transposed_product, grad_w, y, x, first=False)
+                if head
+                else functools.partial(weight_gradient, x, y)
+            ]
+        seconds = sum(_best(call, repeats) for call in calls)
         total += times * seconds
         rate = max(rate, 6 * n * a * b / seconds)
     attention = 7 * batch * length * length * C * config.n_layer  # 7 products, half of each above the diagonal
     return total + attention / rate
 
 
-def _best(operands: tuple[torch.Tensor, torch.Tensor], repeats: int) -> float:
-    a, b = operands
-    out = torch.mm(a, b)
+def _best(call: Callable[[], object], repeats: int) -> float:
+    call()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        torch.mm(a, b, out=out)
+        call()
         times.append(time.perf_counter() - start)
     return min(times)
