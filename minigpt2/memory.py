@@ -16,6 +16,7 @@ come on top. The CPU's figures were measured; an accelerator's are the same arit
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import resource
 import sys
@@ -42,16 +43,17 @@ __all__ = [
     "table",
 ]
 
-# What a process holds beside its tensors once it computes: code that was not touched before, and buffers of the matrix
-# library's. Measured: 17 MiB with next to no tensors, and some more with the threads' buffers.
-RUNTIME_BYTES = 48 * 2**20
+# What a process holds beside its tensors once it trains: code that was not touched before, the matrix libraries' buffers,
+# and PyTorch's compiler, which its optimizers import, and with it Triton where that is installed. Measured with next to
+# no tensors: 96 and 168 MiB.
+RUNTIME_BYTES = (168 if importlib.util.find_spec("triton") else 96) * 2**20
 
 # What PyTorch gives cuBLAS to work in: 32 MiB on Hopper, 8 MiB before it.
 WORKSPACE_BYTES = 32 * 2**20
 
-# Blocks of unlike sizes leave holes between them, also in the arena of tune_allocator: the peaks of processes were 3 to
-# 11% above the bytes of their tensors, the most where most is recomputed (minigpt2 bench memory).
-PACKING = 1.06
+# Blocks of unlike sizes leave holes between them, also in the arena of tune_allocator: the peaks of processes were 2 to
+# 7% above the bytes of their tensors, the most where most is recomputed (minigpt2 bench memory).
+PACKING = 1.045
 
 # Bytes of optimizer state for each byte of a parameter.
 OPTIMIZERS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}

@@ -5,7 +5,8 @@ The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691). For one head, with 
                 m' <- max(m, rowmax S);  P <- exp(S - m');  c <- exp(m - m')
                 l <- c l + rowsum P;  O <- c O + dropout(P) V;  m <- m'
               out = O / l, and lse = m + log l is all that the backward pass needs to rebuild P.
-  queries:    a program has one block of query rows, and first finds delta <- rowsum(dOut * out); for each tile of keys:
+  delta:      a program has one block of query rows, of which it finds delta <- rowsum(dOut * out)
+  queries:    a program has one block of query rows; for each tile of keys:
                 P <- exp(S - lse);  dP <- dropout(dOut V^T);  dQ += P (dP - delta) K
   keys:       a program has one block of keys; for each tile of query rows on or below the diagonal, P and dP as above:
                 dV += dropout(P)^T dOut;  dK += (P (dP - delta))^T Q
@@ -16,11 +17,9 @@ q, k and v are read where the projection left them, in the packed (B, T, 3C) ten
 repeat its last row: nothing is out of bounds, and what they add is 0 or never stored. Exponentials are to base 2,
 because that is the instruction; a factor of log2(e) is part of the scale. Sums are float32.
 
-Two things are not as on the CPU. delta comes from the output as it was rounded, not from P and dP; where a row sees one
-or two keys and nearly all of dP - delta cancels, that shows in dq and dk. And a product on the diagonal multiplies
-masked pairs by 0, and 0 * NaN is NaN: what is not finite may reach rows of its own tile that do not see it, but none
-before that tile. (To clear it out of the operands was tried: it takes so many registers that fewer programs fit on a
-GPU at a time.)
+One thing is not as on the CPU. A product on the diagonal multiplies masked pairs by 0, and 0 * NaN is NaN: what is not
+finite may reach rows of its own tile that do not see it, but none before that tile. (To clear it out of the operands
+was tried: it takes so many registers that fewer programs fit on a GPU at a time.)
 
 This module imports Triton; fused.py imports this module when the first CUDA tensor comes.
 """
@@ -57,6 +56,11 @@ TILES = {
     ("forward", 2, 256): [Tiles(64, 32, 8, 2)],
     ("forward", 4, 64): [Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2)],
     ("forward", 4, 128): [Tiles(16, 32, 8, 1)],
+    ("delta", 2, 64): [Tiles(32, 32, 4, 1)],
+    ("delta", 2, 128): [Tiles(32, 32, 4, 1)],
+    ("delta", 2, 256): [Tiles(32, 32, 8, 1)],
+    ("delta", 4, 64): [Tiles(32, 32, 4, 1)],
+    ("delta", 4, 128): [Tiles(32, 32, 16, 1)],
     ("queries", 2, 64): [Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 3)],
     ("queries", 2, 128): [Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(128, 32, 8, 2)],
     ("queries", 2, 256): [Tiles(32, 32, 8, 1)],
@@ -201,6 +205,41 @@ def forward_kernel(
 # Backward.
 
 
+@triton.jit(do_not_specialize=["T", "H", "threshold"])
+def delta_kernel(
+    qkv, grad_out, out, lse, delta, seed, stride_batch, stride_row, grad_stride_batch, grad_stride_row,
+    T, H, scale, threshold, keep_scale, LENGTH,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """delta, for the other two kernels. ROWS = KEYS."""
+    blocks = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // blocks
+    first_row = tl.program_id(0) % blocks * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    batch, column = (head // H).to(tl.int64), head % H * HEAD_DIM
+    grad = load_tile(grad_out + batch * grad_stride_batch + column, grad_stride_row, rows, T, HEAD_DIM, WIDTH)
+    y = load_tile(out + batch * T * H * HEAD_DIM + column, H * HEAD_DIM, rows, T, HEAD_DIM, WIDTH)
+    row_delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), axis=1)
+    if first_row == 0:
+        # All keys of these rows are in one tile, so delta can be had as rowsum(P dP): from P and dP as they are, not
+        # from the output as it was rounded. Where a row sees a key or two, nearly all of dP - delta cancels.
+        q_head = qkv + batch * stride_batch + column
+        q = load_tile(q_head, stride_row, rows, T, HEAD_DIM, WIDTH)
+        k = load_tile(q_head + H * HEAD_DIM, stride_row, rows, T, HEAD_DIM, WIDTH)
+        v = load_tile(q_head + 2 * H * HEAD_DIM, stride_row, rows, T, HEAD_DIM, WIDTH)
+        row_lse = tl.load(lse + head.to(tl.int64) * T + tl.minimum(rows, T - 1)) * LOG2_E
+        p = exp2_negative(tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E) - row_lse[:, None])
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            key0 = row_key(tl.load(seed), 0x9E3779B9, head, rows)
+            key1 = row_key(tl.load(seed), 0x85EBCA6B, head, rows)
+            keep = kept(0, tl.arange(0, KEYS)[None, :], key0[:, None], key1[:, None], threshold)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        row_delta = tl.sum(tl.where(rows[:, None] >= rows[None, :], p * dp, 0.0), axis=1)
+    tl.store(delta + head.to(tl.int64) * T + rows, row_delta, mask=rows < T)
+
+
 @triton.jit
 def query_tiles(
     dq, q, grad, lse, delta, rows, k_head, v_head, stride, begin, end, T, scale, key0, key1, threshold, keep_scale,
@@ -226,12 +265,12 @@ def query_tiles(
 
 @triton.jit(do_not_specialize=["T", "H", "threshold"])
 def query_kernel(
-    qkv, grad_out, out, lse, delta, grad_qkv, seed, stride_batch, stride_row, grad_stride_batch, grad_stride_row,
+    qkv, grad_out, lse, delta, grad_qkv, seed, stride_batch, stride_row, grad_stride_batch, grad_stride_row,
     T, H, scale, threshold, keep_scale, LENGTH,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """delta, which key_kernel needs too, and the part of the gradient that belongs to the queries."""
+    """The part of the gradient that belongs to the queries."""
     blocks = tl.cdiv(T, ROWS)
     head = tl.program_id(0) // blocks
     first_row = (blocks - 1 - tl.program_id(0) % blocks) * ROWS  # the longest first
@@ -241,16 +280,13 @@ def query_kernel(
     k_head, v_head = q_head + H * HEAD_DIM, q_head + 2 * H * HEAD_DIM
 
     grad = load_tile(grad_out + batch * grad_stride_batch + column, grad_stride_row, rows, T, HEAD_DIM, WIDTH)
-    y = load_tile(out + batch * T * H * HEAD_DIM + column, H * HEAD_DIM, rows, T, HEAD_DIM, WIDTH)
-    row_delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), axis=1)
-    tl.store(delta + head.to(tl.int64) * T + rows, row_delta, mask=rows < T)
-
     key0, key1 = rows, rows
     if DROPOUT:
         key0 = row_key(tl.load(seed), 0x9E3779B9, head, rows)
         key1 = row_key(tl.load(seed), 0x85EBCA6B, head, rows)
     q = load_tile(q_head, stride_row, rows, T, HEAD_DIM, WIDTH)
-    row_lse = tl.load(lse + head.to(tl.int64) * T + tl.minimum(rows, T - 1)) * LOG2_E
+    of_rows = head.to(tl.int64) * T + tl.minimum(rows, T - 1)
+    row_lse, row_delta = tl.load(lse + of_rows) * LOG2_E, tl.load(delta + of_rows)
     dq = tl.full((ROWS, WIDTH), 0.0, tl.float32)
     edge = first_row // KEYS * KEYS
     end = tl.minimum(first_row + ROWS, T)
@@ -338,7 +374,7 @@ def key_kernel(
 
 # Calling them.
 
-KERNELS = {"forward": forward_kernel, "queries": query_kernel, "keys": key_kernel}
+KERNELS = {"forward": forward_kernel, "delta": delta_kernel, "queries": query_kernel, "keys": key_kernel}
 
 
 def tiles_for(kernel: str, dtype: torch.dtype, head_dim: int) -> list[Tiles]:
@@ -390,14 +426,16 @@ def backward(
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(lse)
     arguments = {
-        **{"qkv": qkv, "grad_out": grad_out, "lse": lse, "delta": delta, "grad_qkv": grad_qkv},
+        **{"qkv": qkv, "grad_out": grad_out, "lse": lse, "delta": delta},
         **{"seed": seed if dropout_p else None, "stride_batch": qkv.stride(0), "stride_row": qkv.stride(1)},
         **{"grad_stride_batch": grad_out.stride(0), "grad_stride_row": grad_out.stride(1)},
         **_common(qkv, n_head, dropout_p),
     }
     of_queries, of_keys = tiles or (None, None)
-    _launch("queries", {**arguments, "out": out}, lse.shape[0] * n_head, "ROWS", of_queries)
-    _launch("keys", arguments, lse.shape[0] * n_head, "KEYS", of_keys)
+    heads = lse.shape[0] * n_head
+    _launch("delta", {**arguments, "out": out}, heads, "ROWS", None)
+    _launch("queries", {**arguments, "grad_qkv": grad_qkv}, heads, "ROWS", of_queries)
+    _launch("keys", {**arguments, "grad_qkv": grad_qkv}, heads, "KEYS", of_keys)
     return grad_qkv
 
 

@@ -53,7 +53,7 @@ def test_every_choice_of_tiles_gives_the_same_result(interpreted):
             arguments = grad.double(), qkv.double(), *exact, H, p, seed
             expected = torch.ops.minigpt2.attention_backward(*arguments)
             others = gpu.tiles_for("queries", dtype, D)[0], gpu.tiles_for("keys", dtype, D)[0]
-            both = (tiles, others[1]) if kernel == "queries" else (others[0], tiles)
+            both = {"queries": (tiles, others[1]), "keys": (others[0], tiles)}.get(kernel, others)
             out, lse = exact[0].to(dtype), exact[1].float()
             found = gpu.backward(grad, qkv, out, lse, H, p, seed, tiles=both)
             for part in range(3):
