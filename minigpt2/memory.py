@@ -43,9 +43,9 @@ __all__ = [
     "table",
 ]
 
-# What a process holds beside its tensors once it trains: code that was not touched before, the matrix libraries' buffers,
-# and PyTorch's compiler, which its optimizers import, and with it Triton where that is installed. Measured with next to
-# no tensors: 96 and 168 MiB.
+# What a process holds beside its tensors once it trains: code that was not touched before, buffers of the matrix
+# libraries, and PyTorch's compiler, which its optimizers import, with Triton where that is installed. Measured with
+# next to no tensors: 96 and 168 MiB.
 RUNTIME_BYTES = (168 if importlib.util.find_spec("triton") else 96) * 2**20
 
 # What PyTorch gives cuBLAS to work in: 32 MiB on Hopper, 8 MiB before it.

@@ -16,6 +16,7 @@ import torch
 from minigpt2.config import GPT2Config
 from minigpt2.device import synchronize
 from minigpt2.files import written_whole
+from minigpt2.product import multiply
 
 __all__ = ["Metrics", "Speedometer", "flops_per_token", "matmul_rate", "peak_memory", "plot_losses", "read_rows"]
 
@@ -139,8 +140,8 @@ class Speedometer:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product here, the best of three: the yardstick of model-FLOP utilisation,
-    since no table knows every device. Draws no random numbers."""
+    """Operations a second of a large matrix product, made as the model's are, the best of three: the yardstick of
+    model-FLOP utilisation, since no table knows every device. Draws no random numbers."""
     n, best = 128, 0.0
     while n < 8192 and best < 0.005:  # as large as takes a moment: some dtypes are very slow on some devices
         n, best = 2 * n, float("inf")
@@ -148,7 +149,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         for _ in range(3):
             synchronize(device)
             start = time.perf_counter()
-            torch.mm(a, a)
+            multiply(a, a)
             synchronize(device)
             best = min(best, time.perf_counter() - start)
     return 2.0 * n**3 / best

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from minigpt2 import build
 
@@ -92,7 +91,7 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
 
 def explain_products() -> str:
     """One line: which library makes the float32 products of training on this CPU, and why."""
-    return "oneDNN's (AMD's Zen 5)" if _onednn_is_faster() else "torch.mm's"
+    return "oneDNN's (AMD's Zen 5)" if onednn_serves(ONEDNN_LEAST) else "torch.mm's"
 
 
 # oneDNN.
@@ -129,9 +128,9 @@ def onednn_serves(multiplications: int, *operands: Tensor) -> bool:
     """Whether oneDNN is to make a product of this size: of these operands, or, without any, of plain float32 tensors on
     the CPU. torch.backends.mkldnn.enabled = False keeps it from all."""
     return (
-        multiplications >= ONEDNN_LEAST
+        _plain(*operands)  # first, since a compiler cannot trace the rest
+        and multiplications >= ONEDNN_LEAST
         and _onednn_is_faster()
-        and _plain(*operands)
         and bool(torch.backends.mkldnn.enabled)
         and not torch._C._are_functorch_transforms_active()
     )
@@ -157,17 +156,18 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        want_x, want_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if want_weight else None, weight if want_x else None)
         return x.new_empty(()).expand(x.size(0), weight.size(1))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         want_x, want_weight, want_bias = ctx.needs_input_grad
-        # The copies that the second product makes are gone before there is a gradient of x.
-        grad_weight = weight_gradient(x, grad) if want_weight else None
-        grad_x = multiply(grad, weight.t()) if want_x else None
+        twice = torch.is_grad_enabled()  # whether this is to be differentiated in its turn, which oneDNN's are not
+        # The weight's gradient first: the copies that it makes are gone before there is a gradient of x.
+        grad_weight = (x.t() @ grad if twice else weight_gradient(x, grad)) if want_weight else None
+        grad_x = (grad @ weight.t() if twice else multiply(grad, weight.t())) if want_x else None
         return grad_x, grad_weight, grad.sum(0) if want_bias else None
 
 

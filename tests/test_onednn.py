@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -164,11 +165,37 @@ def test_it_can_be_switched_off_and_small_products_are_left_alone(monkeypatch: p
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
 
 
-def test_a_second_derivative_is_refused(onednn: None) -> None:
-    x, weight, bias = (randn(4, 16).requires_grad_(), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8)))
-    (grad,) = torch.autograd.grad(project(x, weight, bias).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_second_derivatives(onednn: None) -> None:
+    data = [randn(4, 16).requires_grad_(), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))]
+
+    def second(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(f(*data).pow(3).sum(), data, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), data)
+
+    for found, expected in zip(second(project), second(lambda x, w, b: torch.addmm(b, x, w)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("grad_x", "grad_weight"), [(True, True), (True, False), (False, True), (False, False)])
+def test_what_is_kept_is_what_addmm_keeps(onednn: None, grad_x: bool, grad_weight: bool) -> None:
+    x, weight, bias = randn(9, 16).requires_grad_(grad_x), randn(16, 8).requires_grad_(grad_weight), randn(8)
+    bias.requires_grad_()
+
+    def kept(f: Callable[..., Tensor]) -> list[torch.Size]:
+        shapes: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+            f(x, weight, bias)
+        return sorted(shapes)
+
+    assert kept(project) == kept(lambda x, w, b: torch.addmm(b, x, w))
+
+
+def test_a_compiler_sees_the_plain_product_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of how the choice is made, which it could not trace."""
+    monkeypatch.setattr(product, "ONEDNN_LEAST", 0)
+    x, weight, bias = randn(9, 16), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))
+    compiled = torch.compile(project, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, bias), torch.addmm(bias, x, weight))
 
 
 @pytest.mark.parametrize(
@@ -181,5 +208,7 @@ def test_the_processors_that_choose_it(vendor: str, family: int, chosen: bool) -
     assert not product._is_zen_5("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n")
 
 
-def test_the_choice_is_said() -> None:
-    assert product.explain_products() == ("oneDNN's (AMD's Zen 5)" if product._onednn_is_faster() else "torch.mm's")
+def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for faster, said in ((True, "oneDNN's (AMD's Zen 5)"), (False, "torch.mm's")):
+        monkeypatch.setattr(product, "_onednn_is_faster", lambda faster=faster: faster)
+        assert product.explain_products() == said

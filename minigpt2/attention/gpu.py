@@ -212,7 +212,8 @@ def delta_kernel(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """delta, for the other two kernels. ROWS = KEYS."""
+    """delta, for the other two kernels."""
+    tl.static_assert(ROWS == KEYS)
     blocks = tl.cdiv(T, ROWS)
     head = tl.program_id(0) // blocks
     first_row = tl.program_id(0) % blocks * ROWS
@@ -223,7 +224,8 @@ def delta_kernel(
     row_delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), axis=1)
     if first_row == 0:
         # All keys of these rows are in one tile, so delta can be had as rowsum(P dP): from P and dP as they are, not
-        # from the output as it was rounded. Where a row sees a key or two, nearly all of dP - delta cancels.
+        # from the output as it was rounded. Where a row sees a key or two, nearly all of dP - delta cancels; and that
+        # P (dP - delta) sums to 0 must hold for P as it was rounded, whose sum is not quite 1.
         q_head = qkv + batch * stride_batch + column
         q = load_tile(q_head, stride_row, rows, T, HEAD_DIM, WIDTH)
         k = load_tile(q_head + H * HEAD_DIM, stride_row, rows, T, HEAD_DIM, WIDTH)
@@ -236,7 +238,8 @@ def delta_kernel(
             key1 = row_key(tl.load(seed), 0x85EBCA6B, head, rows)
             keep = kept(0, tl.arange(0, KEYS)[None, :], key0[:, None], key1[:, None], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        row_delta = tl.sum(tl.where(rows[:, None] >= rows[None, :], p * dp, 0.0), axis=1)
+        p = tl.where(rows[:, None] >= rows[None, :], p, 0.0)
+        row_delta = tl.sum(tl.where(p > 0.0, p * dp, p), axis=1) / tl.sum(p, axis=1)
     tl.store(delta + head.to(tl.int64) * T + rows, row_delta, mask=rows < T)
 
 

@@ -22,6 +22,7 @@ from minigpt2.attention import attention
 from minigpt2.attention.fused import decode, unavailable
 from minigpt2.bench.header import header
 from minigpt2.device import pick_device, synchronize
+from minigpt2.product import multiply, onednn_serves
 
 SHAPES = ((8, 256), (4, 1024), (1, 4096))  # (B, T)
 DECODE_SHAPES = ((1, 64), (1, 256), (1, 1024), (8, 64), (8, 256), (8, 1024))
@@ -59,7 +60,8 @@ def bench_attention(
     """Time the fused attention kernel against sdpa and a matrix product, and one step of generation against sdpa.
 
     Prints a table of each, on CUDA of the first alone; returns the rows of the first. On CUDA a line at the end says
-    whether the fused kernel was the faster one in training at every shape.
+    whether the fused kernel was the faster one in training at every shape; on the CPU one says what matrix products
+    reach that are not torch.mm's, where the model has such (minigpt2/product.py).
 
     Args:
         shapes: Pairs: sequences in a batch, and tokens in each.
@@ -98,9 +100,22 @@ def bench_attention(
         least = min(row.ratio for row in rows if row.backward)
         verdict = "faster" if least > 1 else "not faster"
         print(f"forward and backward: fused is {verdict} than sdpa at every shape; its least ratio is {least:.2f}")
-    elif decode_shapes and place.type == "cpu":
-        bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=tensors)
+    elif place.type == "cpu":
+        if rows and tensors == torch.float32 and onednn_serves(1024**3):
+            print(_product_rates(repeats, least_seconds))
+        if decode_shapes:
+            bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=tensors)
     return rows
+
+
+def _product_rates(repeats: int, least_seconds: float) -> str:
+    """The yardstick beside the product that is faster than it on this processor."""
+    a, b = torch.randn(2, 1024, 1024)
+    seconds = [
+        [_seconds(functools.partial(f, a, b), least_seconds) for f in (torch.mm, multiply)] for _ in range(repeats)
+    ]
+    mm, onednn = (2 * 1024**3 / statistics.median(column) / 1e9 for column in zip(*seconds, strict=True))
+    return f"products of 1024 x 1024: torch.mm {mm:.0f} GFLOP/s; oneDNN, which makes the model's here, {onednn:.0f}"
 
 
 def bench_decode(

@@ -75,7 +75,7 @@ def bench_memory(
 
     minigpt2 runs as train.py does, with tune_allocator(); transformers as installed, with its sdpa attention.
     Prints peak resident memory in GiB, the prediction's error, and the time of a step over that without recomputation
-    (the median over all steps but each process's first, and its range).
+    (the median over all steps but each process's warm-up, and its range).
 
     Args:
         model: An official name.
@@ -84,7 +84,7 @@ def bench_memory(
         dropout: All three dropouts.
         every: Values of checkpoint_every to measure; all of them by default.
         recompute: Values of recompute to measure.
-        steps: Steps in a process, of which the first is warm-up.
+        steps: Steps in a process, of which the first two, or of three the first, are warm-up.
         rounds: How often everything is measured, in turn.
         compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
         config: Fields of GPT2Config: another shape than the official one.
@@ -126,6 +126,7 @@ def _row(
         error = footprint(config, batch, length, **dials).peak / measured - 1  # type: ignore[arg-type]
     return {
         "setting": setting.name,
+        **setting._asdict(),
         "peak_gib": statistics.median(r.peak for r in results[setting]) / 2**30,
         "error": error,
         "time": statistics.median(seconds) / base,
@@ -145,12 +146,23 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
         raise ValueError(f"{out.with_suffix('.png')} needs matplotlib: pip install 'minigpt2[plot]'") from None
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for row in rows:
-        x, y = float(row["peak_gib"]), float(row["time"])
-        theirs = str(row["setting"]).startswith("transformers")
-        axes.plot(x, y, "s" if theirs else "o", color="tab:red" if theirs else "tab:blue")
-        axes.annotate(str(row["setting"]), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    ours = [row for row in rows if row["library"] == "minigpt2"]
+    for recompute in dict.fromkeys(str(row["recompute"]) for row in ours[1:]):
+        line = [row for row in ours if row["recompute"] == recompute or row is ours[0]]
+        line.sort(key=lambda row: float(row["peak_gib"]))
+        axes.plot([row["peak_gib"] for row in line], [row["time"] for row in line], "o-", markersize=4, label=recompute)
+        for row in line:
+            at = float(row["peak_gib"]), float(row["time"])
+            text = str(row["checkpoint_every"])
+            axes.annotate(text, at, xytext=(0, 4), textcoords="offset points", fontsize=7)
+    for row in rows[len(ours) :]:
+        at = float(row["peak_gib"]), float(row["time"])
+        axes.plot(*at, "s", color="tab:red")
+        axes.annotate(str(row["setting"]), at, xytext=(5, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="peak resident memory of the training process (GiB)", ylabel="time of a step, no recomputation = 1")
-    axes.margins(x=0.2)
+    axes.set_title("The dial, measured; numbers are checkpoint_every")
+    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
+    if len(ours) > 1:
+        axes.legend(title="recompute")
     figure.savefig(out.with_suffix(".png"), dpi=150)

@@ -37,7 +37,7 @@ class Job:
     attention: str = "auto"
     """Backend; transformers always runs its sdpa attention."""
     steps: int = 3
-    """Steps in all; the first is warm-up."""
+    """Steps in all, of which `warm_up` are not timed."""
     tuned: bool = False
     """Recycle memory, as train.py does (tune_allocator)."""
     threads: int | None = None
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured, in bytes of resident memory and in seconds for each step after the first."""
+    """What was measured, in bytes of resident memory and in seconds for each step after the warm-up."""
 
     baseline: int
     """Held by the interpreter with torch and the library imported."""
@@ -68,6 +68,12 @@ class Result:
     def seconds(self) -> list[float]:
         """Whole steps."""
         return [sum(parts) for parts in zip(self.forward, self.backward, self.optimizer, strict=True)]
+
+
+def warm_up(steps: int) -> int:
+    """How many of the first steps are not timed: two, since the memory of the second lies elsewhere, now that the
+    optimizer has its state; of three or fewer, one; and a single one is timed all the same."""
+    return min(steps - 1, 2 if steps > 3 else 1)
 
 
 def measure(job: Job) -> Result:
@@ -145,7 +151,8 @@ def _run(job: Job) -> Result:
     if job.profile:
         profiler.stop()
         profile = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
-    forward, backward, step = (list(column) for column in zip(*(times[1:] or times), strict=True))
+    timed = times[warm_up(job.steps) :]
+    forward, backward, step = (list(column) for column in zip(*timed, strict=True))
     return Result(baseline, peak_resident_bytes(), forward, backward, step, loss.item(), profile)
 
 

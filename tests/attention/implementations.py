@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ DTYPES["interpreter"] = DTYPES["cuda"] = [torch.float32, torch.bfloat16, torch.f
 SEED = 0x0123_4567_89AB_CDEF
 
 
-def for_each(cases: Iterable[tuple[Any, ...]], interpreted: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Parameters (implementation, *case) of a test: all cases, and fewer for the interpreter."""
+def for_each(cases: Sequence[tuple[Any, ...]], interpreted: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Parameters (implementation, *case) of a test: all cases; for the interpreter fewer, to which `-m grid` adds."""
     cuda = [pytest.param("cuda", *case, marks=pytest.mark.cuda) for case in cases]
-    return [("cpu", *case) for case in cases] + [("interpreter", *case) for case in interpreted] + cuda
+    rest = [pytest.param("interpreter", *case, marks=pytest.mark.grid) for case in cases if case not in interpreted]
+    return [("cpu", *case) for case in cases] + [("interpreter", *case) for case in interpreted] + cuda + rest
 
 
 class Operation:
