@@ -88,7 +88,7 @@ def bench_memory(
         rounds: How often everything is measured, in turn.
         compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
         config: Fields of GPT2Config: another shape than the official one.
-        out: Write OUT.csv and OUT.png too.
+        out: Write OUT.csv and OUT.png too. The picture has the least times, since noise only adds to them.
     """
     if model not in OFFICIAL_SIZES:
         raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")
@@ -144,25 +144,29 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(f"{out.with_suffix('.png')} needs matplotlib: pip install 'minigpt2[plot]'") from None
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.add_subplot()
     ours = [row for row in rows if row["library"] == "minigpt2"]
-    for recompute in dict.fromkeys(str(row["recompute"]) for row in ours[1:]):
-        line = [row for row in ours if row["recompute"] == recompute or row is ours[0]]
-        line.sort(key=lambda row: float(row["peak_gib"]))
-        axes.plot([row["peak_gib"] for row in line], [row["time"] for row in line], "o-", markersize=4, label=recompute)
-        for row in line:
-            at = float(row["peak_gib"]), float(row["time"])
-            text = str(row["checkpoint_every"])
-            axes.annotate(text, at, xytext=(0, 4), textcoords="offset points", fontsize=7)
-    for row in rows[len(ours) :]:
-        at = float(row["peak_gib"]), float(row["time"])
-        axes.plot(*at, "s", color="tab:red")
-        axes.annotate(str(row["setting"]), at, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="peak resident memory of the training process (GiB)", ylabel="time of a step, no recomputation = 1")
-    axes.set_title("The dial, measured; numbers are checkpoint_every")
-    axes.margins(x=0.15)
-    axes.grid(alpha=0.3)
+    theirs = rows[len(ours) :]
+
+    def point(row: dict[str, float | str]) -> tuple[float, float]:
+        return float(row["peak_gib"]), float(row["time_low"]) / float(ours[0]["time_low"])
+
+    figure = Figure(figsize=(11 if theirs else 6.5, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2 if theirs else 1, squeeze=False)[0]
+    for axes, peers in zip(panels, ([], theirs), strict=False):  # the dial by itself, and beside transformers
+        for recompute in dict.fromkeys(str(row["recompute"]) for row in ours[1:]):
+            line = [row for row in ours if row["recompute"] == recompute or row is ours[0]]
+            line.sort(key=lambda row: row["peak_gib"])
+            axes.plot(*zip(*map(point, line), strict=True), "o-", markersize=4, label=f'recompute="{recompute}"')
+            for row in line:
+                text = "" if peers else str(row["checkpoint_every"])
+                axes.annotate(text, point(row), xytext=(3, 3), textcoords="offset points", fontsize=7)
+        for row in peers:
+            axes.plot(*point(row), "s", color="tab:red")
+            axes.annotate(str(row["setting"]), point(row), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        axes.set(xlabel="peak resident memory (GiB)", ylabel="least time of a step, no recomputation = 1")
+        axes.set_title("beside transformers" if peers else "numbers are checkpoint_every", fontsize=9)
+        axes.margins(x=0.25 if peers else 0.05)
+        axes.grid(alpha=0.3)
     if len(ours) > 1:
-        axes.legend(title="recompute")
+        panels[0].legend(fontsize=8)
     figure.savefig(out.with_suffix(".png"), dpi=150)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from minigpt2.allocator import tune_allocator
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
@@ -79,6 +80,7 @@ def bench_step(
     rooflines: dict[str, list[float]] = {"torch.mm": []}
     if onednn_serves(batch * length * full.n_embd * full.inner):
         rooflines["oneDNN"] = []
+        tune_allocator()  # it makes the memory of its results itself, and as in the step there shall be no fresh pages
     for _ in range(rounds):
         for name, job in jobs.items():
             results[name].append(measure(job))
