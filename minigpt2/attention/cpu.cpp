@@ -619,13 +619,18 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
               if (dropout.active) dp[j] = where<A>(kept[j], dp[j]);
               store(sp + r * KEYS + j * n, dropout.active ? where<A>(kept[j], probability[j]) : probability[j]);
             }
-            // Where a row's keys all lie in this tile, delta can be had as rowsum(P dP) from the rounded P and dP: dS then
-            // sums to 0 as it must, and is exactly 0 for the first row, whose one probability is 1 whatever its score.
+            // Where a row's keys all lie in this tile, delta can be had as rowsum(P dP) from the rounded P and dP, over
+            // rowsum(P), which a large lse leaves not quite 1: dS then sums to 0 as it must, and is exactly 0 for the
+            // first row, whose one probability is 1 whatever its score.
             if (first_key == 0 && diagonal + r < KEYS) {
-              Vec<A> sum{};
-              UNROLL for (int j = 0; j < KEYS / n; j++)
-                sum += where<A>(column_numbers<A>(j * n) <= diagonal + r, probability[j] * dp[j]);
-              delta[i + r] = sum_lanes<A>(sum);
+              Vec<A> sum{}, total{};
+              UNROLL for (int j = 0; j < KEYS / n; j++) {
+                const IntVec<A> seen = column_numbers<A>(j * n) <= diagonal + r;
+                sum += where<A>(seen, probability[j] * dp[j]);
+                total += where<A>(seen, probability[j]);
+              }
+              const A of_all = sum_lanes<A>(total);
+              delta[i + r] = of_all > A(0) ? sum_lanes<A>(sum) / of_all : sum_lanes<A>(sum);
             }
             UNROLL for (int j = 0; j < KEYS / n; j++) {
               if (j * n >= columns) break;

@@ -239,7 +239,8 @@ def delta_kernel(
             keep = kept(0, tl.arange(0, KEYS)[None, :], key0[:, None], key1[:, None], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         p = tl.where(rows[:, None] >= rows[None, :], p, 0.0)
-        row_delta = tl.sum(tl.where(p > 0.0, p * dp, p), axis=1) / tl.sum(p, axis=1)
+        row_delta, total = tl.sum(tl.where(p > 0.0, p * dp, p), axis=1), tl.sum(p, axis=1)
+        row_delta = tl.where(total > 0.0, row_delta / total, row_delta)
     tl.store(delta + head.to(tl.int64) * T + rows, row_delta, mask=rows < T)
 
 
