@@ -11,6 +11,7 @@ import torch
 import minigpt2
 from minigpt2 import __main__ as cli
 from minigpt2.generate import generate
+from minigpt2.product import explain_products
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 PROMPT = "in the"  # two tokens that the tiny vocabulary has
@@ -215,15 +216,16 @@ def test_help(monkeypatch, capsys, arguments, mentioned):
     assert [word for word in mentioned if word not in out] == []
 
 
-def test_info_prints_versions_device_and_the_attention_backend_and_why():
+def test_info_prints_versions_device_and_what_computes_attention_and_products_and_why():
     result = command("info")
     assert (result.returncode, result.stderr) == (0, b"")
-    versions, libraries, device, attention = result.stdout.decode().splitlines()
+    versions, libraries, device, attention, products = result.stdout.decode().splitlines()
     assert versions == f"minigpt2 {minigpt2.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     assert libraries.startswith("safetensors ")
     assert device.startswith("device: ")
     assert minigpt2.attention.explain_backend() in attention
     assert "(" in attention
+    assert products == f"products of training, float32 on the CPU: {explain_products()}"
 
 
 def test_the_console_script_is_main():
