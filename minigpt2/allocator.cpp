@@ -41,6 +41,9 @@ class Arena final : public c10::Allocator {
     size = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) * 4 / PAGE * PAGE;
     void* range = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED) return false;
+#ifdef MADV_HUGEPAGE
+    madvise(range, size, MADV_HUGEPAGE);  // pages of 2 MiB, not 4 KiB: 6% of the time of `minigpt2 bench step`
+#endif
     base = static_cast<char*>(range);
     holes[base] = size;
     return true;
