@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
+from operations import CountOperations
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt2 import GPT2, GPT2Config, product
 from minigpt2.loss import linear_cross_entropy
@@ -22,18 +21,6 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN makes products of any size, on a processor of any kind."""
     monkeypatch.setattr(product, "_onednn_is_faster", lambda: True)
     monkeypatch.setattr(product, "ONEDNN_LEAST", 0)
-
-
-class Counted(TorchDispatchMode):
-    """Counts the operations that reach the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -116,7 +103,7 @@ def test_all_products_of_a_training_step_are_oneDNNs(onednn: None, monkeypatch: 
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=211, n_positions=32, n_embd=64, n_layer=2, n_head=4))
     ids = torch.randint(211, (3, 32))
-    with Counted() as mode:
+    with CountOperations() as mode:
         model.loss(ids, ids).backward()
     assert mode.counts["mkldnn_linear_backward_weights"] == 4 * 2
     assert len(calls) == (4 + 4) * 2 + 3  # forward and the gradients of the inputs; head and loss, in one chunk
@@ -125,12 +112,12 @@ def test_all_products_of_a_training_step_are_oneDNNs(onednn: None, monkeypatch: 
 
 def test_only_gradients_that_are_wanted_are_computed(onednn: None) -> None:
     x, weight, bias = randn(9, 16), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))
-    with Counted() as mode:
+    with CountOperations() as mode:
         project(x, weight, bias).sum().backward()
     assert mode.counts["_linear_pointwise"] == 1  # x wants none
     assert mode.counts["mkldnn_linear_backward_weights"] == 1
     weight.requires_grad_(False)
-    with Counted() as mode:
+    with CountOperations() as mode:
         project(x.requires_grad_(), weight, bias).sum().backward()
     assert mode.counts["_linear_pointwise"] == 2
     assert mode.counts["mkldnn_linear_backward_weights"] == 0
@@ -140,7 +127,7 @@ def test_only_gradients_that_are_wanted_are_computed(onednn: None) -> None:
 def test_the_rest_is_served_all_the_same(onednn: None) -> None:
     x, weight, bias = randn(9, 16), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))
     expected = torch.addmm(bias, x, weight)
-    with Counted() as mode:
+    with CountOperations() as mode:
         for dtype in (torch.float64, torch.bfloat16):
             assert project(x.to(dtype), weight.to(dtype), bias.to(dtype)).dtype == dtype
         with torch.autocast("cpu", torch.bfloat16):

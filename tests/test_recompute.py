@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from operations import CountOperations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt2 import GPT2, GPT2Config, KVCache
 from minigpt2.recompute import RECOMPUTE, segments
@@ -109,18 +109,6 @@ def test_what_a_recomputed_block_keeps_changes_no_bit(recompute: str, backend: s
         model.checkpoint_every = k
         for got, want in zip(loss_and_gradients(model), expected, strict=True):
             assert torch.equal(got, want), k
-
-
-class CountOperations(TorchDispatchMode):
-    """Counts the operations that reach the device, forward and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def operations(k: int, recompute: str) -> Counter[str]:
