@@ -29,18 +29,19 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from minigpt2 import memory, snapshot, tune_allocator
-from minigpt2.attention import resolve_backend
+from minigpt2 import memory, tune_allocator
 from minigpt2.config import GPT2Config
-from minigpt2.data import Batches, Corpus, DataError, in_order, open_corpus
+from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
 from minigpt2.files import removed_on_error, written_whole
-from minigpt2.guards import NonFiniteError, stop_on_signals
-from minigpt2.metrics import Metrics, Speedometer, plot_losses
 from minigpt2.model import GPT2
-from minigpt2.parallel import Processes, distribute, started
-from minigpt2.state import RunState, seed_of
-from minigpt2.step import DTYPES, accumulate_gradients, culprit, mean_loss, save_weights
+from minigpt2.ops.attention import resolve_backend
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.training import snapshot
+from minigpt2.training.guards import NonFiniteError, stop_on_signals
+from minigpt2.training.metrics import Metrics, Speedometer, plot_losses
+from minigpt2.training.parallel import Processes, distribute, started
+from minigpt2.training.state import RunState, seed_of
+from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_loss, save_weights
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class TrainConfig:
     memory_budget: str | None = None
     """Choose the two settings above: the fastest that keep the process (on CUDA, its tensors) within, say, 4GiB."""
     tune_allocator: bool = True
-    """Keep and pack the memory of CPU tensors (minigpt2/allocator.cpp), instead of leaving it to the C library."""
+    """Keep and pack the memory of CPU tensors (minigpt2/ops/allocator.py), instead of leaving it to the C library."""
     attention: str = "auto"
     """Attention backend: auto, eager, sdpa or fused."""
     compile: bool = False

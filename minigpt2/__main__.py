@@ -126,7 +126,7 @@ def prepare(
         separator: Text between the documents of one file, such as '<|endoftext|>'.
         workers: Processes. Default: one a CPU.
     """
-    from minigpt2.prepare import prepare
+    from minigpt2.data.prepare import prepare
 
     meta = prepare(data, out, validation_fraction=validation_fraction, separator=separator, workers=workers)
     train, validation = meta["train_tokens"], meta["validation_tokens"]
@@ -205,8 +205,8 @@ def info() -> None:
 
     import torch
 
-    from minigpt2.attention import explain_backend
-    from minigpt2.product import explain_products
+    from minigpt2.ops.attention import explain_backend
+    from minigpt2.ops.products import explain_products
 
     print(f"minigpt2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {version(name)}" for name in ("safetensors", "tiktoken", "numpy", "huggingface_hub")))

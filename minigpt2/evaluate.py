@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt2.data import DataError, Tokens, open_tokens
+from minigpt2.data.batches import DataError, Tokens, open_tokens
+from minigpt2.data.prepare import tokenise
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.model import GPT2
-from minigpt2.prepare import tokenise
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 __all__ = ["Evaluation", "evaluate", "tokens_of"]

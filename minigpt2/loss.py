@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minigpt2.device import readable
-from minigpt2.product import add_transposed_product, multiply, onednn_serves
+from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves
 
 # The largest chunk of float32 logits, 333 tokens of GPT-2's. Every chunk reads all of the head twice, and reads and
 # writes all of its gradient, which few tokens do not repay: head and loss take 1.4 times as long with 64 tokens a chunk

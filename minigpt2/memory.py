@@ -28,7 +28,7 @@ import torch
 
 from minigpt2.config import GPT2Config
 from minigpt2.loss import chunk_shape
-from minigpt2.product import BLOCK, onednn_serves
+from minigpt2.ops.products import BLOCK, onednn_serves
 from minigpt2.recompute import RECOMPUTE, check_checkpoint_every, check_recompute, segments
 
 __all__ = [

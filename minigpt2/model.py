@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt2.attention import attention, causal_mask, check_backend, masked_attention, split_heads
 from minigpt2.config import GPT2Config
 from minigpt2.device import readable
-from minigpt2.dropout import dropout_add
-from minigpt2.gelu import gelu
 from minigpt2.loss import linear_cross_entropy
-from minigpt2.product import project, project_transposed
+from minigpt2.ops.attention import attention, causal_mask, check_backend, masked_attention, split_heads
+from minigpt2.ops.dropout import dropout_add
+from minigpt2.ops.gelu import gelu
+from minigpt2.ops.products import project, project_transposed
 from minigpt2.recompute import check_checkpoint_every, check_recompute, recompute, recompute_input, segments
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class GPT2(nn.Module):
     """The language model. `model(input_ids)` gives logits; `model.loss(input_ids, targets)` the training loss.
 
     `checkpoint_every` and `recompute` trade time for memory (recompute.py); `attention` names the backend
-    (minigpt2.attention).
+    (minigpt2.ops.attention).
     """
 
     def __init__(

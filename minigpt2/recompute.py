@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from minigpt2.attention import attention_operations
+from minigpt2.ops.attention import attention_operations
 
 __all__ = [
     "RECOMPUTE",

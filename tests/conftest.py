@@ -18,7 +18,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from hugging_face import random_hf
 from transformers import GPT2Config as HFConfig
 
-from minigpt2 import GPT2, GPT2Config, product
+import minigpt2.ops.products
+from minigpt2 import GPT2, GPT2Config
 
 OFFICIAL_GPT2 = Path(__file__).parent.parent / "weights" / "gpt2"
 
@@ -67,8 +68,8 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The library that makes all of a test's float32 products, of any size, on a processor of any kind."""
     if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr(product, "_onednn_is_faster", lambda: request.param == "oneDNN")
-    monkeypatch.setattr(product, "ONEDNN_LEAST", 0)
+    monkeypatch.setattr(minigpt2.ops.products, "_onednn_is_faster", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(minigpt2.ops.products, "ONEDNN_LEAST", 0)
     return request.param
 
 

@@ -11,7 +11,7 @@ import torch
 import minigpt2
 from minigpt2 import __main__ as cli
 from minigpt2.generate import generate
-from minigpt2.product import explain_products
+from minigpt2.ops.products import explain_products
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 PROMPT = "in the"  # two tokens that the tiny vocabulary has
@@ -223,7 +223,7 @@ def test_info_prints_versions_device_and_what_computes_attention_and_products_an
     assert versions == f"minigpt2 {minigpt2.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     assert libraries.startswith("safetensors ")
     assert device.startswith("device: ")
-    assert minigpt2.attention.explain_backend() in attention
+    assert minigpt2.ops.attention.explain_backend() in attention
     assert "(" in attention
     assert products == f"products of training, float32 on the CPU: {explain_products()}"
 

@@ -14,8 +14,10 @@ from tiny_runs import arguments, curve, launch, make_inputs, outcome
 from torch import Tensor
 
 import train
-from minigpt2 import GPT2, GPT2Config, build, parallel
-from minigpt2.parallel import LossSum, Processes, compiled, distribute
+from minigpt2 import GPT2, GPT2Config
+from minigpt2.ops import build
+from minigpt2.training import parallel
+from minigpt2.training.parallel import LossSum, Processes, compiled, distribute
 
 CONFIG = GPT2Config(vocab_size=211, n_positions=32, n_embd=32, n_layer=3, n_head=2)
 

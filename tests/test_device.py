@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minigpt2 import GPT2, GPT2Config
 from minigpt2.device import pick_device
-from minigpt2.parallel import LossSum, Processes
 from minigpt2.recompute import RECOMPUTE
-from minigpt2.step import accumulate_gradients, mean_loss
+from minigpt2.training.parallel import LossSum, Processes
+from minigpt2.training.step import accumulate_gradients, mean_loss
 
 CONFIG = GPT2Config(vocab_size=211, n_positions=32, n_embd=32, n_layer=3, n_head=2)  # every dropout at 0.1
 META = Processes(device=torch.device("meta"))

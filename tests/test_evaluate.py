@@ -11,7 +11,7 @@ import torch
 
 from minigpt2 import GPT2, GPT2Config
 from minigpt2.__main__ import main
-from minigpt2.data import DataError
+from minigpt2.data.batches import DataError
 from minigpt2.evaluate import evaluate, tokens_of, windows
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 

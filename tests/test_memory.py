@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from minigpt2 import GPT2, GPT2Config, memory, product
+from minigpt2 import GPT2, GPT2Config, memory
 from minigpt2.memory import Footprint, fastest_that_fits, footprint, notches, parse_bytes
+from minigpt2.ops import products
 
 BETWEEN = "between forward and backward"
 
@@ -62,7 +63,7 @@ def test_gradients_of_earlier_micro_batches_are_counted() -> None:
 
 
 def test_an_accelerators_dropout_keeps_masks_and_its_peak_is_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_onednn_is_faster", lambda: False)  # it makes copies, on the CPU only
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: False)  # it makes copies, on the CPU only
     here, there = (footprint(GPT2Config(), 4, 1024, device=device) for device in ("cpu", "cuda"))
     assert there.activations - here.activations == 12 * 2 * 4 * 1024 * 768
     still = GPT2Config().replace(resid_pdrop=0.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minigpt2 import GPT2, GPT2Config
-from minigpt2.attention import attention
+from minigpt2.ops.attention import attention
 from minigpt2.weights import parameter_shapes
 
 CONFIG = GPT2Config(vocab_size=211, n_positions=32, n_embd=64, n_layer=4, n_head=4)

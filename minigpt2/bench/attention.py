@@ -18,11 +18,11 @@ from typing import Literal
 
 import torch
 
-from minigpt2.attention import attention
-from minigpt2.attention.fused import decode, unavailable
 from minigpt2.bench.header import header
 from minigpt2.device import pick_device, synchronize
-from minigpt2.product import multiply, onednn_serves
+from minigpt2.ops.attention import attention
+from minigpt2.ops.attention.fused import decode, unavailable
+from minigpt2.ops.products import multiply, onednn_serves
 
 SHAPES = ((8, 256), (4, 1024), (1, 4096))  # (B, T)
 DECODE_SHAPES = ((1, 64), (1, 256), (1, 1024), (8, 64), (8, 256), (8, 1024))
@@ -61,7 +61,7 @@ def bench_attention(
 
     Prints a table of each, on CUDA of the first alone; returns the rows of the first. On CUDA a line at the end says
     whether the fused kernel was the faster one in training at every shape; on the CPU one says what matrix products
-    reach that are not torch.mm's, where the model has such (minigpt2/product.py).
+    reach that are not torch.mm's, where the model has such (minigpt2/ops/products.py).
 
     Args:
         shapes: Pairs: sequences in a batch, and tokens in each.

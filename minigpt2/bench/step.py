@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from minigpt2.allocator import tune_allocator
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.loss import chunk_shape
-from minigpt2.product import add_transposed_product, multiply, onednn_serves, weight_gradient
+from minigpt2.ops.allocator import tune_allocator
+from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves, weight_gradient
 
 __all__ = ["bench_step", "roofline_seconds"]
 
@@ -44,7 +44,7 @@ def bench_step(
 
     Prints medians with their range over every step but each process's warm-up. The roofline share is the time that the
     step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes in this run,
-    over the step's time; where minigpt2 has another library make its products (minigpt2/product.py), also at the rates
+    over the step's time; where minigpt2 has another library make its products (ops/products.py), also at the rates
     that this one reaches. Recomputation counts as time, not as work. A ratio to another library is the median over
     pairs of steps, the first of one with the first of the other and so on.
 

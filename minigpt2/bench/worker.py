@@ -96,7 +96,7 @@ def peak_resident_bytes() -> int:
 def _run(job: Job) -> Result:
     import torch
 
-    from minigpt2.allocator import tune_allocator
+    from minigpt2.ops.allocator import tune_allocator
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -125,7 +125,7 @@ def _run(job: Job) -> Result:
         model = GPT2(config, attention=job.attention, **dials)
         vocab, loss_of = config.vocab_size, model.loss
         if job.compile:
-            from minigpt2.parallel import compiled
+            from minigpt2.training.parallel import compiled
 
             loss_of = compiled(model.loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

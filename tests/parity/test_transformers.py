@@ -14,8 +14,8 @@ from hugging_face import random_hf
 from torch import Tensor
 
 from minigpt2 import GPT2, GPT2Config, KVCache
-from minigpt2.attention import BACKENDS
 from minigpt2.config import OFFICIAL_SIZES
+from minigpt2.ops.attention import BACKENDS
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,0 +1,208 @@
+"""The model's matrix products: which library makes them.
+
+torch.addmm and torch.mm serve everything. Two cases, both float32 on a CPU, have something faster:
+
+- *AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the vector units
+  lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the time
+  (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
+- *Few rows*, as in generation, where the time goes into reading the weights. The compiled kernel (csrc/attention.cpp)
+  reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate` says how near).
+
+The choice depends on the processor and on sizes alone: it is the same in every run on a machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minigpt2.ops import build
+
+__all__ = [
+    "MAX_ROWS",
+    "add_transposed_product",
+    "explain_products",
+    "multiply",
+    "onednn_serves",
+    "project",
+    "project_transposed",
+    "weight_gradient",
+]
+
+MAX_ROWS = 8
+ONEDNN_LEAST = 1 << 24  # multiplications in a product; below, what a call costs outweighs what it gains
+BLOCK = 4096  # rows of a sum of products that are added at a time: 12 MiB of them stay in the cache
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight + bias, for x (n, in), weight (in, out) and bias (out): (n, out)."""
+    if weight.size(1) % 32 == 0 and _few_rows_serve(x, weight):
+        return _few_rows(x, weight, bias, weight.size(1))
+    if not onednn_serves(x.size(0) * weight.numel(), x, weight, bias):
+        return torch.addmm(bias, x, weight)
+
+    def product() -> Tensor:
+        return _linear(x, weight.t(), bias)
+
+    if not torch.is_grad_enabled():
+        return product()
+    out: Tensor = _Filled.apply(_Kept.apply(x, weight, bias), product)
+    return out
+
+
+def project_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T, for x (n, in) and weight (out, in): (n, out). Without a gradient."""
+    if weight.size(1) % 16 == 0 and _few_rows_serve(x, weight):
+        return _few_rows(x, weight, None, weight.size(0))
+    return torch.mm(x, weight.t())
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, for a (n, k) and b (k, m): (n, m), contiguous. Without a gradient."""
+    if onednn_serves(a.size(0) * b.numel(), a, b):
+        return _linear(a, b.t(), None)
+    return torch.mm(a, b)
+
+
+def add_transposed_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """to += a^T @ b, or to = a^T @ b where it is the `first` to be added; a (k, n), b (k, m), to (n, m)."""
+    if not onednn_serves(to.numel() * a.size(0), to, a, b):
+        to.addmm_(a.t(), b, beta=float(not first))  # beta = 0: the memory is yet unwritten
+        return
+    for rows in range(0, to.size(0), BLOCK):
+        target = to[rows : rows + BLOCK]
+        (target.copy_ if first else target.add_)(_linear(a[:, rows : rows + BLOCK].t(), b.t(), None))
+
+
+def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """x^T @ grad, for x (n, in) and grad (n, out): (in, out), the gradient of a weight. Without a gradient."""
+    if not onednn_serves(x.numel() * grad.size(1), x, grad):
+        return torch.mm(x.t(), grad)
+    # Weights of PyTorch's own layers are (out, in): to have ours, input and gradient change places.
+    found: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(x.to_mkldnn(), grad.to_mkldnn(), x, False)[0]
+    return found
+
+
+def explain_products() -> str:
+    """One line: which library makes the float32 products of training on this CPU, and why."""
+    return "oneDNN's (AMD's Zen 5)" if onednn_serves(ONEDNN_LEAST) else "torch.mm's"
+
+
+# oneDNN.
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight^T + bias by oneDNN: an operation that PyTorch has for its compiler, the only one that gives oneDNN
+    float32 to multiply as it lies."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    info = Path("/proc/cpuinfo")
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and info.exists()
+        and _is_zen_5(info.read_text())
+    )
+
+
+def _is_zen_5(info: str) -> bool:
+    """Whether a /proc/cpuinfo is that of AMD's Zen 5, whose AVX-512 units are the first of AMD's to be 512 bits wide,
+    or of a later one."""
+    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", info, re.MULTILINE)
+    return family is not None and int(family[1]) >= 26
+
+
+def onednn_serves(multiplications: int, *operands: Tensor) -> bool:
+    """Whether oneDNN is to make a product of this size: of these operands, or, without any, of plain float32 tensors on
+    the CPU. torch.backends.mkldnn.enabled = False keeps it from all."""
+    return (
+        _plain(*operands)  # first, since a compiler cannot trace the rest
+        and multiplications >= ONEDNN_LEAST
+        and _onednn_is_faster()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _plain(*operands: Tensor) -> bool:
+    """Whether these are float32 tensors on the CPU as they seem: not traced, not of a subclass, not under autocast."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(t) in (Tensor, nn.Parameter) for t in operands)
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps what the backward pass of x @ weight + bias needs, and has it. Returns the place of the product: a tensor
+    of its shape, without memory, which _Filled fills.
+
+    In two, because a function keeps its tensors once its forward is done, and recomputation ends when all are kept: the
+    product itself is then not made a second time, which is as PyTorch's own products do it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        want_x, want_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if want_weight else None, weight if want_x else None)
+        return x.new_empty(()).expand(x.size(0), weight.size(1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        want_x, want_weight, want_bias = ctx.needs_input_grad
+        twice = torch.is_grad_enabled()  # whether this is to be differentiated in its turn, which oneDNN's are not
+        # The weight's gradient first: the copies that it makes are gone before there is a gradient of x.
+        grad_weight = (x.t() @ grad if twice else weight_gradient(x, grad)) if want_weight else None
+        grad_x = (grad @ weight.t() if twice else multiply(grad, weight.t())) if want_x else None
+        return grad_x, grad_weight, grad.sum(0) if want_bias else None
+
+
+class _Filled(torch.autograd.Function):
+    """The product, in the place that _Kept made for it."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, product: Callable[[], Tensor]) -> Tensor:
+        return product()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+# Few rows.
+
+
+def _few_rows_serve(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled kernel is to make this product. Ordered so that training leaves at the first question."""
+    return (
+        not torch.is_grad_enabled()
+        and 0 < x.size(0) <= MAX_ROWS
+        and _plain(x, weight)
+        and x.stride(1) == 1
+        and weight.is_contiguous()
+        and not isinstance(build.kernel(), str)
+    )
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, n_out: int) -> Tensor:
+    kernel: Any = build.kernel()
+    out = torch.empty(x.size(0), n_out)
+    address = None if bias is None else bias.data_ptr()
+    addresses = weight.data_ptr(), address, out.data_ptr()
+    if kernel.minigpt2_few_rows(*x.shape, n_out, x.data_ptr(), x.stride(0), *addresses):
+        raise MemoryError("a product could not allocate its scratch memory")
+    return out

@@ -1,0 +1,163 @@
+"""What a training run measures of itself, and where it writes it down."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+
+from minigpt2.config import GPT2Config
+from minigpt2.device import synchronize
+from minigpt2.files import written_whole
+from minigpt2.ops.products import multiply
+
+__all__ = ["Metrics", "Speedometer", "flops_per_token", "matmul_rate", "peak_memory", "plot_losses", "read_rows"]
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """`folder`/metrics.jsonl: one JSON object a step; with `tensorboard`, the same for TensorBoard in `folder`/tb.
+
+    `step` is where the run goes on: rows of later steps, which a killed run left, are taken out. One process of many
+    `writes`.
+    """
+
+    _file: TextIO | None
+    _board: Any
+
+    def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, writes: bool = True) -> None:
+        self._started, self._before, self._board, self._file = time.perf_counter(), 0.0, None, None
+        if not writes:
+            return
+        path = folder / FILE
+        rows = [row for row in read_rows(path) if row["step"] <= step]
+        with written_whole(path) as new:
+            new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self._before = float(rows[-1]["seconds"]) if rows else 0.0
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError(f"--tensorboard: {error}; pip install 'minigpt2[tensorboard]'") from None
+            self._board = SummaryWriter(str(folder / "tb"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    @property
+    def seconds(self) -> float:
+        """Time that this run has taken, with that of the processes before it."""
+        return self._before + time.perf_counter() - self._started
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row, which has a `step`. JSON has no NaN: a number that is not finite is written as null."""
+        if self._file is None:
+            return
+        finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, row["step"])
+
+    def flush(self) -> None:
+        """Have the rows so far on disk before this returns."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, none if there is no file; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def plot_losses(folder: Path) -> Path:
+    """Draw the losses of `folder`/metrics.jsonl over the tokens as `folder`/loss.png, and return its path."""
+    from matplotlib.figure import Figure
+
+    rows = read_rows(folder / FILE)
+    axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
+    trained = [(row["tokens"], row["loss"]) for row in rows if row["loss"] is not None]
+    validated = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    if rows and rows[0].get("val_loss_before") is not None:
+        validated.insert(0, (0, rows[0]["val_loss_before"]))
+    axes.plot(*zip(*trained, strict=True), label="training", linewidth=1) if trained else None
+    axes.plot(*zip(*validated, strict=True), label="validation", marker="o") if validated else None
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=str(folder))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with written_whole(folder / "loss.png") as path:
+        figure.savefig(path, format="png", dpi=120)
+    return folder / "loss.png"
+
+
+def flops_per_token(config: GPT2Config, length: int) -> float:
+    """Floating-point operations of a training step for each token of sequences of `length`: two for each
+    multiply-and-add, forward once and backward twice, recomputation not counted (Chowdhery et al. 2022, "PaLM",
+    appendix B)."""
+    C, L = config.n_embd, config.n_layer
+    weights = (
+        L * (4 * C * C + 2 * C * config.inner) + config.vocab_size * C
+    )  # entries of matrices that are multiplied by
+    return 6.0 * weights + 12.0 * L * C * length
+
+
+class Speedometer:
+    """Measures a run against the matrix products of its device, in the dtype that it multiplies in."""
+
+    def __init__(self, config: GPT2Config, length: int, device: torch.device, dtype: torch.dtype, world: int) -> None:
+        self._share = flops_per_token(config, length) / world / matmul_rate(device, dtype)
+        self._device = device
+
+    def row(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Tokens a second, model-FLOP utilisation (a share of 1), and peak memory in GiB."""
+        speed = tokens / seconds
+        peak = peak_memory(self._device)
+        return {"tokens_per_second": speed, "mfu": speed * self._share, "peak_memory_gib": peak}
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, made as the model's are, the best of three: the yardstick of
+    model-FLOP utilisation, since no table knows every device. Draws no random numbers."""
+    n, best = 128, 0.0
+    while n < 8192 and best < 0.005:  # as large as takes a moment: some dtypes are very slow on some devices
+        n, best = 2 * n, float("inf")
+        a = torch.full((n, n), 0.5, device=device, dtype=dtype)
+        for _ in range(3):
+            synchronize(device)
+            start = time.perf_counter()
+            multiply(a, a)
+            synchronize(device)
+            best = min(best, time.perf_counter() - start)
+    return 2.0 * n**3 / best
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most this process has held so far (resident), or that its tensors have held on a CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

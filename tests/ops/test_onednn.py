@@ -1,0 +1,202 @@
+"""The products that oneDNN makes: their error, their gradients, who is served, and which processors choose it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from operations import CountOperations
+from torch import Tensor, nn
+
+from minigpt2 import GPT2, GPT2Config
+from minigpt2.loss import linear_cross_entropy
+from minigpt2.ops import products
+from minigpt2.ops.products import add_transposed_product, multiply, project, weight_gradient
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN makes products of any size, on a processor of any kind."""
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "ONEDNN_LEAST", 0)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_as_exact(found: Tensor, plain: Tensor, exact: Tensor) -> None:
+    assert found.is_contiguous()
+    assert found.dtype == torch.float32
+    assert error(found, exact) <= 2 * error(plain, exact) + 1e-7
+
+
+# (rows, in, out): one of each, primes, a multiple of everything, more than a vector, and the shapes of GPT-2.
+SHAPES = [(1, 1, 1), (1, 17, 5), (23, 7, 101), (64, 64, 192), (130, 192, 48), (256, 768, 2304), (300, 3072, 768)]
+
+
+@pytest.mark.parametrize(("n", "n_in", "n_out"), SHAPES)
+def test_value_and_gradients(onednn: None, n: int, n_in: int, n_out: int) -> None:
+    data = randn(n, n_in), randn(n_in, n_out, seed=1), randn(n_out, seed=2)
+    upstream = randn(n, n_out, seed=3)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        operands = [t.to(dtype).requires_grad_() for t in data]
+        y = project(*operands)
+        return [y.detach(), *torch.autograd.grad(y, operands, upstream.to(dtype))]
+
+    exact = run(torch.float64)
+    found = run(torch.float32)
+    products.ONEDNN_LEAST = 1 << 60
+    for a, b, c in zip(found, run(torch.float32), exact, strict=True):
+        assert_as_exact(a, b, c)
+
+
+@pytest.mark.parametrize(("n", "n_in", "n_out"), SHAPES)
+def test_products_without_a_gradient(onednn: None, n: int, n_in: int, n_out: int) -> None:
+    a, b, c = randn(n, n_in), randn(n_in, n_out, seed=1), randn(n, n_out, seed=2)
+    A, B, C = a.double(), b.double(), c.double()
+    assert_as_exact(multiply(a, b), a @ b, A @ B)
+    assert_as_exact(multiply(c, b.t()), c @ b.t(), C @ B.t())
+    assert_as_exact(weight_gradient(a, c), a.t() @ c, A.t() @ C)
+    bias = randn(n_out, seed=3)
+    with torch.no_grad():
+        assert_as_exact(project(a, b, bias), torch.addmm(bias, a, b), bias.double() + A @ B)
+
+
+@pytest.mark.parametrize("n", [5, products.BLOCK - 1, products.BLOCK, 2 * products.BLOCK + 3])
+def test_sums_of_products(onednn: None, n: int) -> None:
+    a, b, to = randn(13, n), randn(13, 24, seed=1), torch.full((n, 24), float("nan"))
+    add_transposed_product(to, a, b, first=True)  # whatever the memory held
+    exact = a.double().t() @ b.double()
+    assert_as_exact(to, a.t() @ b, exact)
+    add_transposed_product(to, a, b, first=False)
+    assert_as_exact(to, 2 * (a.t() @ b), 2 * exact)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_the_loss(onednn: None, reduction: str) -> None:
+    hidden, weight, targets = randn(23, 32), randn(101, 32, seed=1), torch.arange(23) * 4
+    targets[::5] = -100
+    upstream = torch.linspace(0.5, 2, 23) if reduction == "none" else torch.tensor(3.0)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        data = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        loss = linear_cross_entropy(*data, targets, reduction=reduction, chunk_size=7)
+        return [loss.detach(), *torch.autograd.grad(loss, data, upstream.to(dtype))]
+
+    exact, found = run(torch.float64), run(torch.float32)
+    products.ONEDNN_LEAST = 1 << 60
+    for a, b, c in zip(found, run(torch.float32), exact, strict=True):
+        assert error(a, c) <= 2 * error(b, c) + 1e-7
+
+
+def test_all_products_of_a_training_step_are_oneDNNs(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, linear = [], products._linear  # a mode does not look into the loss, which is one operation
+    monkeypatch.setattr(products, "_linear", lambda *operands: calls.append(operands) or linear(*operands))
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=211, n_positions=32, n_embd=64, n_layer=2, n_head=4))
+    ids = torch.randint(211, (3, 32))
+    with CountOperations() as mode:
+        model.loss(ids, ids).backward()
+    assert mode.counts["mkldnn_linear_backward_weights"] == 4 * 2
+    assert len(calls) == (4 + 4) * 2 + 3  # forward and the gradients of the inputs; head and loss, in one chunk
+    assert not mode.counts["mm"] + mode.counts["addmm"] + mode.counts["addmm_"]
+
+
+def test_only_gradients_that_are_wanted_are_computed(onednn: None) -> None:
+    x, weight, bias = randn(9, 16), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))
+    with CountOperations() as mode:
+        project(x, weight, bias).sum().backward()
+    assert mode.counts["_linear_pointwise"] == 1  # x wants none
+    assert mode.counts["mkldnn_linear_backward_weights"] == 1
+    weight.requires_grad_(False)
+    with CountOperations() as mode:
+        project(x.requires_grad_(), weight, bias).sum().backward()
+    assert mode.counts["_linear_pointwise"] == 2
+    assert mode.counts["mkldnn_linear_backward_weights"] == 0
+    assert not project(x.detach(), weight, bias.detach()).requires_grad
+
+
+def test_the_rest_is_served_all_the_same(onednn: None) -> None:
+    x, weight, bias = randn(9, 16), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))
+    expected = torch.addmm(bias, x, weight)
+    with CountOperations() as mode:
+        for dtype in (torch.float64, torch.bfloat16):
+            assert project(x.to(dtype), weight.to(dtype), bias.to(dtype)).dtype == dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            assert project(x, weight, bias).dtype == torch.bfloat16
+        assert project(x.to("meta"), weight.to("meta"), bias.to("meta")).is_meta
+        torch.testing.assert_close(torch.func.vmap(lambda row: project(row[None], weight, bias)[0])(x), expected)
+    assert not mode.counts["_linear_pointwise"]
+    torch.testing.assert_close(torch.compile(project, fullgraph=True)(x, weight, bias), expected)
+    assert project(x[:0], weight, bias).shape == (0, 8)
+    torch.testing.assert_close(project(x.t().contiguous().t(), weight, bias), expected)  # rows that lie apart
+    torch.testing.assert_close(project(x[:, ::2], weight[::2], bias), x[:, ::2] @ weight[::2] + bias)
+
+
+def test_it_can_be_switched_off_and_small_products_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    assert products.onednn_serves(1 << 24)
+    assert not products.onednn_serves((1 << 24) - 1)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        assert not products.onednn_serves(1 << 24)
+    finally:
+        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+
+
+def test_second_derivatives(onednn: None) -> None:
+    data = [randn(4, 16).requires_grad_(), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))]
+
+    def second(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(f(*data).pow(3).sum(), data, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), data)
+
+    for found, expected in zip(second(project), second(lambda x, w, b: torch.addmm(b, x, w)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("grad_x", "grad_weight"), [(True, True), (True, False), (False, True), (False, False)])
+def test_what_is_kept_is_what_addmm_keeps(onednn: None, grad_x: bool, grad_weight: bool) -> None:
+    x, weight, bias = randn(9, 16).requires_grad_(grad_x), randn(16, 8).requires_grad_(grad_weight), randn(8)
+    bias.requires_grad_()
+
+    def kept(f: Callable[..., Tensor]) -> list[torch.Size]:
+        shapes: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+            f(x, weight, bias)
+        return sorted(shapes)
+
+    assert kept(project) == kept(lambda x, w, b: torch.addmm(b, x, w))
+
+
+def test_a_compiler_sees_the_plain_product_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of how the choice is made, which it could not trace."""
+    monkeypatch.setattr(products, "ONEDNN_LEAST", 0)
+    x, weight, bias = randn(9, 16), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))
+    compiled = torch.compile(project, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, bias), torch.addmm(bias, x, weight))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "chosen"),
+    [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("AuthenticAMD", 23, False), ("GenuineIntel", 6, False)],
+)
+def test_the_processors_that_choose_it(vendor: str, family: int, chosen: bool) -> None:
+    info = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\nmodel name\t: some 26\n"
+    assert products._is_zen_5(info * 2) == chosen
+    assert not products._is_zen_5("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n")
+
+
+def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for faster, said in ((True, "oneDNN's (AMD's Zen 5)"), (False, "torch.mm's")):
+        monkeypatch.setattr(products, "_onednn_is_faster", lambda faster=faster: faster)
+        assert products.explain_products() == said
