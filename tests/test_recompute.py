@@ -204,16 +204,26 @@ def test_autograd_grad_of_some_parameters_only() -> None:
     assert all(map(torch.equal, got, torch.autograd.grad(model.loss(*batch()), wanted)))
 
 
-@pytest.mark.parametrize("case", ["evaluation", "no_grad", "cache"])
-def test_nothing_is_recomputed_outside_training(case: str) -> None:
+@pytest.mark.parametrize("case", ["no_grad", "cache"])
+def test_nothing_is_recomputed_without_a_gradient_or_with_a_cache(case: str) -> None:
     model = make_model(checkpoint_every=1)
-    model.train(case != "evaluation")
     cache = KVCache(model, 3) if case == "cache" else None
     with runs_counted(model) as counts, torch.set_grad_enabled(case != "no_grad"):
         logits = model(batch()[0], cache=cache)
         if logits.requires_grad:
             logits.sum().backward()
     assert set(counts.values()) == {2}
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_the_dial_works_in_evaluation_mode_too(recompute: str) -> None:
+    """Gradients may be wanted there as well, and from_pretrained gives models in evaluation mode."""
+    model = make_model(checkpoint_every=2, recompute=recompute).eval()
+    with CountOperations() as mode:
+        found = loss_and_gradients(model)
+    assert mode.counts["native_layer_norm"] > 2 * L + 1
+    model.checkpoint_every, model.recompute = 0, "block"
+    assert all(map(torch.equal, found, loss_and_gradients(model)))
 
 
 @pytest.mark.parametrize("k", [-1, L + 1, 1.0, True, None, "2"])

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt2.device import readable
 from minigpt2.ops.attention.eager import causal_mask, eager_attention, merge_heads, split_heads
 from minigpt2.ops.attention.fused import constant_to_compiler, decode, fused_attention, unavailable
+
+if TYPE_CHECKING:
+    from minigpt2.generate import LayerCache
 
 __all__ = [
     "BACKENDS",
     "attention",
-    "attention_operations",
     "causal_mask",
     "check_backend",
     "explain_backend",
     "masked_attention",
+    "positions_and_mask",
     "resolve_backend",
     "split_heads",
 ]
@@ -69,27 +73,63 @@ def explain_backend() -> str:
     return f"auto is {cpu}, sdpa on other devices (on CUDA fused is there to ask for, but was never timed)"
 
 
-def attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, backend: str = "auto") -> Tensor:
+def attention(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    mask: Tensor | None = None,
+    cache: LayerCache | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
     """Causal self-attention.
 
     qkv (B, T, 3C): queries, keys and values side by side, as GPT-2's projection `c_attn` writes them; C is a multiple
     of `n_head`. Returns (B, T, C) in the same dtype. `dropout_p` in [0, 1] drops attention probabilities, always: the
-    caller decides about training and evaluation. Raises ValueError for bad sizes or names, RuntimeError for a backend
-    asked for by name that cannot serve.
+    caller decides about training and evaluation. Keys and values are added to a `cache`, and queries see what it held
+    before. `mask` is one of `positions_and_mask`; None stands for the causal mask or, after what a cache held, for all
+    keys. Raises ValueError for bad sizes or names, RuntimeError for a backend asked for by name that cannot serve.
     """
     if qkv.dim() != 3 or qkv.size(2) % (3 * n_head):
         raise ValueError(f"qkv must be (B, T, 3C) with C a multiple of n_head={n_head}, got {tuple(qkv.shape)}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    chosen = resolve_backend(backend, qkv.device.type, qkv.dtype, qkv.size(2) // (3 * n_head))
+    past = 0 if cache is None else cache.length
+    q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
+    keys, values = (k, v) if cache is None else cache.append(k, v)  # (B, H, past + T, D)
+    if past or mask is not None:
+        return masked_attention(q, keys, values, mask, dropout_p=dropout_p, backend=backend)
+    chosen = resolve_backend(backend, qkv.device.type, qkv.dtype, q.size(3))
     if chosen == "fused":
         return fused_attention(qkv, n_head, dropout_p=dropout_p)
-    q, k, v = split_heads(qkv, n_head)
     if chosen == "eager":
         y = eager_attention(q, k, v, causal_mask(q.size(2), k.size(2), q.device), dropout_p)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
     return merge_heads(y)
+
+
+def positions_and_mask(
+    input_ids: Tensor, attention_mask: Tensor | None = None, past: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """The positions of input_ids (B, T), which follow `past` cached tokens, and the mask for `attention`.
+
+    attention_mask (B, past + T): 0 where a token is padding, anything else where it is real; positions count the real
+    tokens only. Returns positions, (T,) or (B, T), and a boolean mask, True where visible, that broadcasts to
+    (B, H, T, past + T), or None where causality is mask enough.
+    """
+    T, device = input_ids.size(1), input_ids.device
+    real = None if attention_mask is None else attention_mask != 0  # (B, past + T)
+    if real is not None and readable(real) and bool((real[:, 1:] <= real[:, :-1]).all()):
+        real = None  # no padding stands before a real token
+    if real is None:
+        positions = torch.arange(past, past + T, device=device)  # (T,)
+        # Queries that continue a cache see all of it and one another causally; one query alone sees everything.
+        return positions, causal_mask(T, past + T, device) if past and T > 1 else None
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
+    # A padding token sees itself, so that its softmax is defined; nothing real sees padding.
+    itself = torch.eye(past + T, dtype=torch.bool, device=device)[past:]
+    return positions, (causal_mask(T, past + T, device) & real[:, None, None, :]) | itself  # (B, 1, T, past + T)
 
 
 def masked_attention(
@@ -116,15 +156,3 @@ def _decodes(q: Tensor, k: Tensor, mask: Tensor | None, dropout_p: float) -> boo
     """Whether this is the case that fused.decode serves, and large enough that its work outweighs the call."""
     plain = q.device.type == "cpu" and mask is None and q.size(2) == 1 and not dropout_p and not torch.is_grad_enabled()
     return plain and k.size(0) * k.size(2) >= 128
-
-
-def attention_operations() -> list[Any]:
-    """The operations of the dispatcher that are all of attention at once, for recomputation to tell them apart."""
-    aten = torch.ops.aten
-    return [
-        torch.ops.minigpt2.attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-    ]
