@@ -34,6 +34,7 @@ class Projection(nn.Module):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
+        self.in_features, self.out_features = n_in, n_out  # as in nn.Linear: PEFT asks for them
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out))
 

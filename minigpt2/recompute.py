@@ -177,7 +177,7 @@ class _KeepLater:
 
 
 class _Policy:
-    """Which results of one run of a segment or block are kept: those of attention and of all `products` but the last."""
+    """Which results of a run of a segment or block are kept: those of attention and of all `products` but the last."""
 
     def __init__(self, products: tuple[str, ...]) -> None:
         self.kept_products = products

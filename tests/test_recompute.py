@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from operations import CountOperations
-from torch import Tensor
+from torch import Tensor, nn
 
+import minigpt2.recompute as recompute_module
 from minigpt2 import GPT2, GPT2Config, KVCache
+from minigpt2.model import Projection
 from minigpt2.recompute import RECOMPUTE, segments
+from minigpt2.training.parallel import Processes, distribute
 
 L = 6
 CONFIG = GPT2Config(vocab_size=211, n_positions=32, n_embd=64, n_layer=L, n_head=4)  # every dropout at 0.1
@@ -177,6 +185,142 @@ def test_with_gradient_accumulation_and_a_dial_that_moves_between_steps() -> Non
 
     for moved, still in zip(two_steps((1, 4)), two_steps((0, 0)), strict=True):
         assert torch.equal(moved, still)
+
+
+MODES = [(k, recompute) for recompute in RECOMPUTE for k in (0, 1, 4)][1:]  # the first is no recomputation
+
+
+def check_every_mode(model: GPT2) -> None:
+    """That loss, random state and gradients are those of no recomputation, bit for bit."""
+    expected = loss_and_gradients(model)
+    for model.checkpoint_every, model.recompute in MODES:
+        found = loss_and_gradients(model)
+        assert len(found) == len(expected)
+        assert all(map(torch.equal, found, expected)), (model.checkpoint_every, model.recompute)
+
+
+class LoRA(nn.Module):
+    """Hu et al. 2021, arXiv:2106.09685: what a user may put in the place of a projection. Draws random numbers."""
+
+    def __init__(self, base: Projection) -> None:
+        super().__init__()
+        n_in, n_out = base.weight.shape
+        self.base = base
+        self.dropout = nn.Dropout(0.5)
+        self.A, self.B = nn.Parameter(torch.randn(n_in, 4)), nn.Parameter(torch.randn(4, n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.dropout(x) @ self.A @ self.B
+
+
+@pytest.mark.parametrize("replaced", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+@pytest.mark.usefixtures("products")
+def test_a_projection_that_draws_random_numbers(replaced: str) -> None:
+    model = make_model().requires_grad_(False)
+    half, name = replaced.split(".")
+    for block in model.h:
+        part = getattr(block, half)
+        setattr(part, name, LoRA(getattr(part, name)))
+    check_every_mode(model)
+
+
+def test_modules_that_draw_random_numbers_everywhere() -> None:
+    model = make_model()
+    for block in model.h:
+        block.ln_1 = nn.Sequential(block.ln_1, nn.Dropout(0.3))
+        block.mlp = nn.Sequential(block.mlp, nn.Dropout(0.3), nn.Linear(64, 64))
+    check_every_mode(model)
+
+
+def test_peft_with_dropout() -> None:
+    """Its layers are made for Linear and for transformers' Conv1D, whose layout of weights is ours."""
+    peft = pytest.importorskip("peft")
+    from peft.tuners.lora import Linear
+
+    config = peft.LoraConfig(
+        target_modules=["c_attn", "c_fc"], lora_dropout=0.3, fan_in_fan_out=True, init_lora_weights=False
+    )
+    config._register_custom_module({Projection: Linear})
+    model = make_model()
+    adapted = peft.get_peft_model(model, config)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * L
+    check_every_mode(model)
+
+
+FROZEN = {
+    "the first blocks": lambda name: name.startswith(("wte", "wpe", "h.0", "h.1", "h.2")),
+    "the last blocks": lambda name: name.startswith(("h.3", "h.4", "h.5")),
+    "all but the biases": lambda name: "bias" not in name,
+    "single weights": lambda name: name in ("h.1.attn.c_attn.weight", "h.2.ln_2.weight", "h.4.mlp.c_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.usefixtures("products")
+def test_with_frozen_parameters(frozen: str) -> None:
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not FROZEN[frozen](name))
+    check_every_mode(model)
+
+
+def test_with_hooks() -> None:
+    """Of modules and of parameters, forward and backward."""
+    model = make_model()
+    for block in model.h:
+        block.mlp.register_forward_hook(lambda module, inputs, output: output * 1.5)
+        block.attn.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.25, *inputs[1:]))
+        block.attn.register_full_backward_hook(
+            lambda module, grad_inputs, grad_outputs: (grad_inputs[0] * 0.5, *grad_inputs[1:])
+        )
+        block.ln_2.weight.register_hook(lambda gradient: gradient * 2)
+    check_every_mode(model)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_under_ddp_and_fsdp(engine: Literal["ddp", "fsdp"], tmp_path: Path) -> None:
+    """On one process; tests/training/test_parallel.py has more of them."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = make_model()
+        network = distribute(model, engine, Processes())
+        results = []
+        for model.checkpoint_every, model.recompute in [(0, "block"), *MODES]:
+            model.zero_grad()
+            torch.manual_seed(7)
+            loss = network(*batch())
+            loss.backward()
+            gradients = [p.grad.full_tensor() if engine == "fsdp" else p.grad.clone() for p in model.parameters()]
+            results.append([loss.detach(), *gradients])
+        for result in results[1:]:
+            assert all(map(torch.equal, result, results[0]))
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def test_it_is_said_once_where_attention_is_recomputed_all_the_same(recwarn: pytest.WarningsRecorder) -> None:
+    def said(attention: str, recompute: str, p: float) -> int:
+        recompute_module._warn_once.cache_clear()
+        recwarn.clear()
+        warnings.simplefilter("always")
+        torch.manual_seed(0)
+        model = GPT2(CONFIG.replace(attn_pdrop=p), checkpoint_every=2, recompute=recompute, attention=attention)
+        for _ in range(2):
+            loss_and_gradients(model)
+        return sum("attention is recomputed all the same" in str(w.message) for w in recwarn)
+
+    assert said("eager", "keep-attention", 0.0) == said("sdpa", "keep-attention", 0.1) == 1
+    assert said("eager", "pointwise", 0.0) == 1
+    assert said("sdpa", "keep-attention", 0.0) == said("eager", "block", 0.0) == 0
+
+
+def test_an_operation_that_pytorch_renames_breaks_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in ("ATTENTION", "PRODUCTS", "SOFTMAX"):
+        gone = ("aten::gone", "no_such_library::gone")
+        monkeypatch.setattr(recompute_module, names, (*gone, *getattr(recompute_module, names)[1:]))
+    check_every_mode(make_model(attention="eager"))
 
 
 def test_with_a_padded_batch() -> None:

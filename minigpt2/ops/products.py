@@ -44,11 +44,13 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight + bias, for x (n, in), weight (in, out) and bias (out): (n, out)."""
     if weight.size(1) % 32 == 0 and _few_rows_serve(x, weight):
         return _few_rows(x, weight, bias, weight.size(1))
-    if not onednn_serves(x.size(0) * weight.numel(), x, weight, bias):
+    if not _plain(x, weight, bias) or torch._C._are_functorch_transforms_active():
         return torch.addmm(bias, x, weight)
 
     def product() -> Tensor:
-        return _linear(x, weight.t(), bias)
+        if onednn_serves(x.size(0) * weight.numel(), x, weight, bias):
+            return _linear(x, weight.t(), bias)
+        return torch.addmm(bias, x, weight)
 
     if not torch.is_grad_enabled():
         return product()
@@ -147,11 +149,11 @@ def _plain(*operands: Tensor) -> bool:
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps what the backward pass of x @ weight + bias needs, and has it. Returns the place of the product: a tensor
-    of its shape, without memory, which _Filled fills.
+    """The backward pass of x @ weight + bias. Its forward returns a tensor of the product's shape without memory of its
+    own, which _Filled replaces by the product.
 
-    In two, because a function keeps its tensors once its forward is done, and recomputation ends when all are kept: the
-    product itself is then not made a second time, which is as PyTorch's own products do it.
+    In two parts because a function has kept its tensors when its forward is done, and a recomputation ends when all are
+    kept: so the product itself is not made a second time. PyTorch's own products are like that.
     """
 
     @staticmethod
@@ -165,8 +167,9 @@ class _Kept(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         want_x, want_weight, want_bias = ctx.needs_input_grad
         twice = torch.is_grad_enabled()  # whether this is to be differentiated in its turn, which oneDNN's are not
-        # The weight's gradient first: the copies that it makes are gone before there is a gradient of x.
+        # The weight's gradient first: an x that was recomputed, and copies of it, make room for the gradient of x.
         grad_weight = (x.t() @ grad if twice else weight_gradient(x, grad)) if want_weight else None
+        del x
         grad_x = (grad @ weight.t() if twice else multiply(grad, weight.t())) if want_x else None
         return grad_x, grad_weight, grad.sum(0) if want_bias else None
 
