@@ -100,13 +100,17 @@ def test_memory_now_and_at_its_peak() -> None:
     assert peak > now + 0.9 * size
     del tensor
     assert resident_bytes() < peak
-    assert peak_bytes(cpu) >= peak
+    assert peak_bytes(cpu) > 0.99 * peak  # Linux counts roughly
+
+
+def no_proc(path: Path) -> str:
+    raise FileNotFoundError(path)
 
 
 def test_memory_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("resource")
     peak = peak_bytes(torch.device("cpu"))
-    monkeypatch.setattr(Path, "read_text", lambda self: Path("absent").open())
+    monkeypatch.setattr(Path, "read_text", no_proc)
     assert peak_bytes(torch.device("cpu")) == pytest.approx(peak, rel=0.2)
     assert resident_bytes() == peak_bytes(torch.device("cpu"))
 
@@ -119,7 +123,7 @@ def test_memory_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         counters[1:3] = [3000, 2000]
 
     monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.setattr(Path, "read_text", lambda self: Path("absent").open())
+    monkeypatch.setattr(Path, "read_text", no_proc)
     monkeypatch.setattr(sys, "platform", "win32")
     kernel32 = SimpleNamespace(K32GetProcessMemoryInfo=get)
     monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
