@@ -32,7 +32,8 @@ from tqdm import tqdm
 from minigpt2 import memory, tune_allocator
 from minigpt2.config import GPT2Config
 from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
-from minigpt2.files import removed_on_error, written_whole
+from minigpt2.device import resident_bytes
+from minigpt2.files import atomic_write, removed_on_error
 from minigpt2.model import GPT2
 from minigpt2.ops.attention import resolve_backend
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
@@ -55,7 +56,7 @@ class TrainConfig:
     """Run folder, which must not hold a run yet, or hold one with --resume. Default: a new folder under runs/, named by
     the time."""
     resume: bool = False
-    """Continue the run in --out from its newest snapshot that is whole, with the settings that it had."""
+    """Continue the run in --out from its newest intact snapshot, with the settings that it had."""
     snapshot_every: int = 100
     """Steps between snapshots; there is one before the first step and one at the end. 0: only when a signal comes."""
     keep: int = 2
@@ -139,10 +140,10 @@ class TrainConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
 
 
-# Settings that may change when a run is resumed, since they are about its surroundings or, like recomputation, about
-# how its numbers are computed and not which. All others must be what they were: compiled code rounds otherwise.
-DIALS = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard", "device", "parallel"}
-DIALS |= {"checkpoint_every", "recompute", "memory_budget", "tune_allocator"}
+# Settings that may change when a run is resumed: they are about its surroundings or, like recomputation, change how its
+# numbers are computed but not the numbers. All others must stay; compile is among those, since it changes rounding.
+MAY_CHANGE = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard", "device", "parallel"}
+MAY_CHANGE |= {"checkpoint_every", "recompute", "memory_budget", "tune_allocator"}
 SETTINGS = "train_config.json"
 
 
@@ -156,14 +157,14 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     """The model to train, in training mode on its device."""
-    baseline = memory.resident_bytes() if device.type == "cpu" else 0
+    baseline = resident_bytes() if device.type == "cpu" else 0
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.dropout)
-    dials: dict[str, Any] = {name: getattr(config, name) for name in ("checkpoint_every", "recompute", "attention")}
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("checkpoint_every", "recompute", "attention")}
     if config.init is not None:
-        model = GPT2.from_pretrained(config.init, **dials, **dropout)
+        model = GPT2.from_pretrained(config.init, **options, **dropout)
     else:
         shape: dict[str, Any] = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
-        model = GPT2(GPT2Config(n_positions=config.length, **shape, **dropout), **dials)
+        model = GPT2(GPT2Config(n_positions=config.length, **shape, **dropout), **options)
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
@@ -206,7 +207,9 @@ class Trainer(RunState):
         step = (self.network, micro_batches, self.processes, self.config.precision, self.scaler)
         mean, count = accumulate_gradients(*step)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = snapshot.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf))
+        grad_norm = snapshot.full_tensor(
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        )
         self.batches.prepare(self.config.accumulate)
         loss, norm = torch.stack([mean, grad_norm.to(mean)]).tolist()  # here, and only here, we wait for the device
 
@@ -332,10 +335,10 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
     if processes.rank:  # process 0 goes on with the state that made the weights, as a single process does
         torch.manual_seed(seed_of(config.seed, 0, processes.rank))
     if config.resume:
-        trainer.say("\n".join(trainer.resume(out / "snapshots", DIALS)))
+        trainer.say("\n".join(trainer.resume(out / "snapshots", MAY_CHANGE)))
     if processes.main:
         out.mkdir(parents=True, exist_ok=True)
-        with written_whole(out / SETTINGS) as path:
+        with atomic_write(out / SETTINGS) as path:
             settings = config.to_json() | {"out": str(out), "resume": False}
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     processes.wait()

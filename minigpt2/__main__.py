@@ -169,10 +169,11 @@ def plan(
 
     from minigpt2 import memory
     from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+    from minigpt2.device import resident_bytes
 
     config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
     limit = None if budget is None else memory.parse_bytes(budget)
-    baseline = memory.resident_bytes() if device == "cpu" else 0
+    baseline = resident_bytes() if device == "cpu" else 0
     found = memory.notches(config, batch, length, optimizer=optimizer, device=device)
     peaks = f"include {memory.format_bytes(baseline)} of Python and torch" if baseline else "are those of CUDA tensors"
     print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks {peaks}")

@@ -1,11 +1,17 @@
-"""The devices: which there is, and how not to wait for it where that can be helped."""
+"""The device that computes: choosing it, copying to it, waiting for it, and the memory that is held."""
 
 from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["pick_device", "readable", "synchronize", "to_device"]
+__all__ = ["peak_bytes", "pick_device", "readable", "resident_bytes", "synchronize", "to_device"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -23,20 +29,45 @@ def pick_device(name: str) -> torch.device:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device. A copy to CUDA is only begun, from pinned memory: it runs beside what the device and
-    this process do meanwhile."""
+    """Copy a CPU tensor to the device. A copy to CUDA goes through pinned memory and is not waited for: the device and
+    this process work on meanwhile."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether to look at the values, for a check, is free: not on an accelerator, for which one would wait, nor while a
-    graph is traced, when there are none."""
+    """Whether a check may look at the tensor's values. On an accelerator that would mean waiting for it, and while a
+    graph is traced there are none."""
     return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def synchronize(device: torch.device) -> None:
-    """Return when the device has done what it was given so far."""
+    """Wait until the device has done all that it was given so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     if device.type == "mps":
         torch.mps.synchronize()
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; on macOS, which tells only that, its peak so far."""
+    return _resident("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: resident, or on a CUDA device that of its tensors there."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process, in bytes, from whatever the system has to read it."""
+    with suppress(OSError):  # Linux, where getrusage would give a child the peak of its parent
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(rf"^{field}:\s*(\d+) kB", status, re.MULTILINE):
+            return int(found[1]) * 1024
+    if sys.platform == "win32":
+        counters = (ctypes.c_size_t * 9)(72)  # PROCESS_MEMORY_COUNTERS: its size, peak working set, working set, ...
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)
+        return counters[1 if field == "VmHWM" else 2]
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

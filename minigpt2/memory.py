@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +37,6 @@ __all__ = [
     "notches",
     "parse_bytes",
     "plot",
-    "resident_bytes",
     "table",
 ]
 
@@ -280,11 +277,3 @@ def plot(found: list[Footprint], path: str | Path, budget: int | None = None, ba
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now; on systems without /proc, its peak so far."""
-    status = Path("/proc/self/statm")
-    if status.exists():
-        return int(status.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt2.config import GPT2Config
-from minigpt2.files import sha256_of, written_whole
+from minigpt2.files import atomic_write, sha256_of
 from minigpt2.model import GPT2
 
 __all__ = ["OFFICIAL", "WeightsError", "download", "from_pretrained", "parameter_shapes", "save_pretrained"]
@@ -130,7 +130,7 @@ def save_pretrained(model: GPT2, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"transformer.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
     config = model.config.to_dict() | {"dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
-    with written_whole(folder / WEIGHTS_FILE) as file, written_whole(folder / CONFIG_FILE) as config_file:
+    with atomic_write(folder / CONFIG_FILE) as config_file, atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(tensors, file, metadata={"format": "pt"})
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minigpt2 import GPT2, GPT2Config
-from minigpt2.device import pick_device
+from minigpt2.device import peak_bytes, pick_device, resident_bytes
 from minigpt2.recompute import RECOMPUTE
 from minigpt2.training.parallel import LossSum, Processes
 from minigpt2.training.step import accumulate_gradients, mean_loss
@@ -82,6 +87,47 @@ def test_auto_is_the_best_there_is() -> None:
 def test_a_device_that_is_not_here_is_a_value_error(name: str) -> None:
     with pytest.raises(ValueError, match=f"--device {name} is not available; there is .*cpu"):
         pick_device(name)
+
+
+def test_memory_now_and_at_its_peak() -> None:
+    cpu = torch.device("cpu")
+    now, peak = resident_bytes(), peak_bytes(cpu)
+    assert 10 * 2**20 < now <= peak
+    size = peak - now + 2**26
+    tensor = torch.ones(size, dtype=torch.uint8)
+    assert resident_bytes() > now + 0.9 * size
+    peak = peak_bytes(cpu)
+    assert peak > now + 0.9 * size
+    del tensor
+    assert resident_bytes() < peak
+    assert peak_bytes(cpu) > 0.99 * peak  # Linux counts roughly
+
+
+def no_proc(path: Path) -> str:
+    raise FileNotFoundError(path)
+
+
+def test_memory_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resource")
+    peak = peak_bytes(torch.device("cpu"))
+    monkeypatch.setattr(Path, "read_text", no_proc)
+    assert peak_bytes(torch.device("cpu")) == pytest.approx(peak, rel=0.2)
+    assert resident_bytes() == peak_bytes(torch.device("cpu"))
+
+
+def test_memory_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the layout of PROCESS_MEMORY_COUNTERS; Windows itself has not been tried."""
+
+    def get(process: ctypes.c_void_p, counters: ctypes.Array, size: int) -> None:
+        assert (ctypes.sizeof(counters), counters[0], size) == (72, 72, 72)
+        counters[1:3] = [3000, 2000]
+
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(Path, "read_text", no_proc)
+    monkeypatch.setattr(sys, "platform", "win32")
+    kernel32 = SimpleNamespace(K32GetProcessMemoryInfo=get)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    assert (resident_bytes(), peak_bytes(torch.device("cpu"))) == (2000, 3000)
 
 
 @pytest.mark.cuda

@@ -8,15 +8,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-__all__ = ["Job", "Result", "measure", "peak_resident_bytes"]
+__all__ = ["Job", "Result", "measure"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class Result:
 
 
 def warm_up(steps: int) -> int:
-    """How many of the first steps are not timed: two, since the memory of the second lies elsewhere, now that the
-    optimizer has its state; of three or fewer, one; and a single one is timed all the same."""
+    """How many of the first steps are not timed: two, since with the optimizer's state the memory of the second is laid
+    out anew; of three or fewer, one; a single one is timed all the same."""
     return min(steps - 1, 2 if steps > 3 else 1)
 
 
@@ -85,19 +83,13 @@ def measure(job: Job) -> Result:
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def peak_resident_bytes() -> int:
-    """The most memory this process has held."""
-    status = Path("/proc/self/status")
-    if status.exists():  # where getrusage would give a child the peak of its parent
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:") * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _run(job: Job) -> Result:
     import torch
 
+    from minigpt2.device import peak_bytes
     from minigpt2.ops.allocator import tune_allocator
 
+    cpu = torch.device("cpu")
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     if job.tuned:
@@ -108,7 +100,7 @@ def _run(job: Job) -> Result:
     if job.library == "transformers":
         import transformers
 
-        baseline = peak_resident_bytes()
+        baseline = peak_bytes(cpu)
         settings = job.config | dropout | {"attn_implementation": "sdpa", "use_cache": False}
         hf_config = transformers.GPT2Config(**settings)
         model = transformers.GPT2LMHeadModel(hf_config).train()
@@ -119,10 +111,10 @@ def _run(job: Job) -> Result:
         from minigpt2.config import GPT2Config
         from minigpt2.model import GPT2
 
-        baseline = peak_resident_bytes()
+        baseline = peak_bytes(cpu)
         config = GPT2Config(**(job.config | dropout))
-        dials: dict[str, Any] = {"checkpoint_every": job.checkpoint_every, "recompute": job.recompute}
-        model = GPT2(config, attention=job.attention, **dials)
+        dial: dict[str, Any] = {"checkpoint_every": job.checkpoint_every, "recompute": job.recompute}
+        model = GPT2(config, attention=job.attention, **dial)
         vocab, loss_of = config.vocab_size, model.loss
         if job.compile:
             from minigpt2.training.parallel import compiled
@@ -153,7 +145,7 @@ def _run(job: Job) -> Result:
         profile = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
     timed = times[warm_up(job.steps) :]
     forward, backward, step = (list(column) for column in zip(*timed, strict=True))
-    return Result(baseline, peak_resident_bytes(), forward, backward, step, loss.item(), profile)
+    return Result(baseline, peak_bytes(cpu), forward, backward, step, loss.item(), profile)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ run in its data is two integers, epoch and window, and a resumed run continues w
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minigpt2.data.documents import DataError, read_documents, standard_library
+from minigpt2.data.documents import DataError
 from minigpt2.data.prepare import META, TRAIN, VALIDATION, prepare
+from minigpt2.files import errors_name
 
 __all__ = [
     "Batches",
@@ -29,11 +29,8 @@ __all__ = [
     "gather",
     "in_order",
     "is_token_folder",
-    "load_corpus",
     "open_corpus",
     "open_tokens",
-    "read_documents",
-    "standard_library",
 ]
 
 Tokens = NDArray[np.uint16]
@@ -52,7 +49,8 @@ def open_tokens(path: str | Path) -> Tokens:
     size = path.stat().st_size
     if size % 2:
         raise DataError(f"{path}: {size} bytes are not a whole number of uint16 tokens")
-    return np.memmap(path, dtype="<u2", mode="r") if size else np.empty(0, dtype="<u2")
+    with errors_name(path):
+        return np.memmap(path, dtype="<u2", mode="r") if size else np.empty(0, dtype="<u2")
 
 
 def is_token_folder(path: str | Path | None) -> bool:
@@ -61,23 +59,13 @@ def is_token_folder(path: str | Path | None) -> bool:
 
 
 def open_corpus(path: str | Path | None, folder: str | Path, *, progress: bool = False) -> Corpus:
-    """The token files in `path`; or text under `path` (see read_documents), tokenised into `folder` unless it was
-    before. Either way the tokens stay on disk."""
+    """The token files in `path`; or the text under `path` (see documents.read_pieces), tokenised into `folder` unless
+    that was done before. Either way the tokens stay on disk."""
     if is_token_folder(path):
         folder = Path(path or "")
     elif not (Path(folder) / META).exists():
         prepare(path, folder, progress=progress)
     return Corpus(open_tokens(Path(folder) / TRAIN), open_tokens(Path(folder) / VALIDATION))
-
-
-def load_corpus(path: str | Path | None, validation_fraction: float = 0.05) -> Corpus:
-    """The tokens of the text under `path`, split as `prepare` does it, in memory; token files stay on disk."""
-    if is_token_folder(path):
-        return open_corpus(path, "")
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(path, folder, validation_fraction=validation_fraction, progress=False)
-        train, validation = (np.fromfile(Path(folder) / name, dtype="<u2") for name in (TRAIN, VALIDATION))
-    return Corpus(train, validation)
 
 
 def fingerprint(tokens: Tokens) -> str:
@@ -91,9 +79,10 @@ def fingerprint(tokens: Tokens) -> str:
 class Batches:
     """Endless batches (input_ids, targets), each (batch, length) int64 with targets shifted by one.
 
-    The tokens are cut into windows of `length`; an epoch visits every window once. `position` counts the windows drawn
-    so far, by all processes, and may be set, to continue where another run stopped. Process `rank` of `world` draws its
-    rows of each batch, (batch / world, length), and reads no others.
+    The tokens are cut into windows of `length`; an epoch visits every window once, in an order that is in memory (8
+    bytes a window). `position` counts the windows drawn so far, by all processes, and may be
+    set, to continue where another run stopped. Process `rank` of `world` draws its rows of each batch, (batch / world,
+    length), and reads no others.
     """
 
     def __init__(self, tokens: Tokens, batch: int, length: int, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -108,11 +97,7 @@ class Batches:
             )
         self.position = 0
         self._prepared: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def epoch(self) -> float:
-        """How often the tokens have been visited."""
-        return self.position / self.windows
+        self._ordered = -1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
@@ -129,44 +114,14 @@ class Batches:
 
     def _at(self, position: int) -> tuple[Tensor, Tensor]:
         start = position + self.rank * self.share
-        return gather(self.tokens, self._windows(start, start + self.share), self.length)
+        return gather(self.tokens, [self._window(p) for p in range(start, start + self.share)], self.length)
 
-    def _windows(self, start: int, stop: int) -> list[int]:
-        windows: list[int] = []
-        while start < stop:
-            epoch, first = divmod(start, self.windows)
-            last = min(first + stop - start, self.windows)
-            windows += shuffled(np.arange(first, last), self.windows, [self.seed, epoch]).tolist()
-            start += last - first
-        return windows
-
-
-def shuffled(indices: NDArray[np.int64], n: int, seed: list[int]) -> NDArray[np.int64]:
-    """Where a permutation of range(n), which `seed` chooses, sends `indices`, without ever holding it.
-
-    A Feistel network is a permutation of the 2^2h numbers of 2h bits whatever its round function; an image that is
-    not below n is sent on until one is, which makes it a permutation of range(n) ("cycle walking", Black and Rogaway
-    2002, "Ciphers with Arbitrary Finite Domains").
-    """
-    half = np.uint64(max(2, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.SeedSequence(seed).generate_state(6, np.uint64)
-    values = indices.astype(np.uint64)
-    todo = np.ones(len(values), dtype=bool)
-    while todo.any():
-        left, right = values[todo] >> half, values[todo] & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        values[todo] = (left << half) | right
-        todo = values >= n
-    return values.astype(np.int64)
-
-
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit of the result depends on every bit of x."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    def _window(self, position: int) -> int:
+        epoch, index = divmod(position, self.windows)
+        if epoch != self._ordered:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.windows)
+            self._ordered = epoch
+        return int(self._order[index])
 
 
 def gather(tokens: Tokens, windows: list[int], length: int) -> tuple[Tensor, Tensor]:

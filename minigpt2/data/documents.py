@@ -1,4 +1,4 @@
-"""Text on disk as documents, read in pieces, so that neither a corpus nor a document is ever in memory whole."""
+"""Text on disk as documents, read in pieces, so that neither a corpus nor a document is ever in memory as a whole."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import codecs
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["DataError", "Piece", "read_documents", "read_pieces", "standard_library", "text_files"]
+from minigpt2.files import errors_name
+
+__all__ = ["DataError", "Piece", "read_pieces", "standard_library", "text_files"]
 
 PIECE = 1 << 20
 """Characters in a piece, at most."""
@@ -35,7 +37,7 @@ class Piece(NamedTuple):
     offset: int
     """Bytes of that file up to the end of the piece and of a separator after it."""
     seen: str
-    """A digest of the path, size and time of every file so far."""
+    """A digest of the path, size and modification time of every file so far."""
 
 
 def standard_library() -> list[Path]:
@@ -57,7 +59,7 @@ def text_files(path: str | Path | None) -> Iterator[Path]:
     raise DataError(f"{path}: no such file or folder")
 
 
-def _walk(folder: Path, left_out: frozenset[str] | set[str] = frozenset()) -> Iterator[Path]:
+def _walk(folder: Path, left_out: Collection[str] = ()) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in left_out:
             continue
@@ -68,16 +70,6 @@ def _walk(folder: Path, left_out: frozenset[str] | set[str] = frozenset()) -> It
             yield path
 
 
-def read_documents(path: str | Path | None, separator: str | None = None) -> Iterator[str]:
-    """The documents under `path`, each a string: see read_pieces."""
-    parts = []
-    for piece in read_pieces(path, separator):
-        parts.append(piece.text)
-        if piece.ends:
-            yield "".join(parts)
-            parts = []
-
-
 def read_pieces(
     path: str | Path | None, separator: str | None = None, file: int = 0, offset: int = 0
 ) -> Iterator[Piece]:
@@ -86,7 +78,7 @@ def read_pieces(
 
     A file is one document, or several where it contains `separator`. The tokens of a document are those of its pieces,
     unless a million characters go by without a word's end. A file that is not UTF-8 raises DataError when it is `path`
-    itself, and is left out of a folder. The pieces that follow a place do not depend on where reading started.
+    itself, and is left out of a folder. Where reading starts does not change the pieces that follow.
     """
     alone = path is not None and Path(path).is_file()
     seen = ""
@@ -109,7 +101,7 @@ def _pieces_of(path: Path, separator: str | None, offset: int) -> Iterator[tuple
     decoder = codecs.getincrementaldecoder("utf-8")()
     buffer, begin, at_end = "", 0, False
     margin = len(separator) if separator else 1  # enough to see what follows a piece of full length
-    with path.open("rb") as file:
+    with errors_name(path), path.open("rb") as file:
         file.seek(offset)
         while True:
             while not at_end and len(buffer) - begin < PIECE + margin:
@@ -143,7 +135,7 @@ def _last_cut(buffer: str, begin: int, end: int) -> int:
 def _not_utf8(path: Path) -> str | None:
     """What is wrong with the file as UTF-8, if anything is."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
+    with errors_name(path), path.open("rb") as file:
         try:
             while block := file.read(PIECE):
                 decoder.decode(block)

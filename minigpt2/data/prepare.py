@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from minigpt2.data.documents import DataError, Piece, read_pieces, text_files
-from minigpt2.files import written_whole
+from minigpt2.files import atomic_write, errors_name, flush
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 __all__ = ["META", "TRAIN", "VALIDATION", "prepare", "tokenise"]
@@ -100,9 +100,9 @@ def prepare(
         raise DataError(f"{data or 'standard library'}: no text found")
     counts = _split(part, out, validation_fraction)
     meta = {"format": FORMAT, "request": request, "documents": documents, **counts}
-    with written_whole(out / META) as file:
+    with atomic_write(out / META) as file:
         file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(part)
+    shutil.rmtree(part, ignore_errors=True)
     return meta
 
 
@@ -129,6 +129,7 @@ def tokenise(
     pending: deque[tuple[Piece, int, Future[NDArray[Any]]]] = deque()
     with (
         bar,
+        errors_name(part),
         _opened_at(part / "tokens.bin", journal.tokens * _TOKEN.itemsize) as tokens,
         _opened_at(part / "documents.bin", journal.documents * _DOCUMENT.itemsize) as index,
         _executor(workers if total - journal.bytes > SMALL else 1) as pool,
@@ -175,7 +176,8 @@ def _bucket(text: str) -> int:
 
 
 def _append(journal: Journal, tokens: BinaryIO, index: BinaryIO, piece: Piece, bucket: int, ids: NDArray[Any]) -> None:
-    """Add a piece to the files and to the journal. A document has the bucket of its first piece; empty ones are not."""
+    """Add a piece to the files and to the journal. A document has the bucket of its first piece; an empty one is left
+    out."""
     journal.bytes += piece.offset - (journal.offset if piece.file == journal.file else 0)
     journal.file, journal.offset, journal.seen = piece.file, piece.offset, piece.seen
     if not len(ids) and not journal.open_tokens:
@@ -208,17 +210,17 @@ def _read_journal(part: Path, request: dict[str, Any]) -> Journal:
 def _write_journal(part: Path, journal: Journal, *files: BinaryIO) -> None:
     for file in files:  # what the journal counts must be on disk before the journal is
         file.flush()
-        os.fsync(file.fileno())
-    with written_whole(part / "journal.json") as path:
+        flush(Path(file.name))
+    with atomic_write(part / "journal.json") as path:
         path.write_text(json.dumps(asdict(journal)), encoding="utf-8")
 
 
 def _opened_at(path: Path, size: int) -> BinaryIO:
     """The file, opened for writing, cut back to `size` bytes."""
-    path.touch()
-    file = path.open("r+b")
+    file = path.open("ab")
+    if file.tell() < size:  # a disk that lost what it had promised to keep
+        raise DataError(f"{path}: {file.tell()} bytes, the journal says {size}; delete {path.parent} to start over")
     file.truncate(size)
-    file.seek(size)
     return file
 
 
@@ -228,25 +230,23 @@ def _split(part: Path, out: Path, fraction: float) -> dict[str, int]:
     wanted = int(lengths * fraction)
     limit, longest, n_documents = _choose(part, wanted)
     tokens = np.memmap(part / "tokens.bin", dtype=_TOKEN, mode="r")
-    counts = {"train_tokens": 0, "validation_tokens": 0}
-    with (
-        written_whole(out / TRAIN) as train_path,
-        written_whole(out / VALIDATION) as validation_path,
-        train_path.open("wb") as train,  # closed before the two are renamed
-        validation_path.open("wb") as validation,
-    ):
+    end = len(tokens) - (wanted if n_documents == 1 else 0)  # a single document gives validation its last tokens
+
+    def write(path: Path, validation: bool) -> int:
         position = 0
-        for block in _documents(part):
-            for bucket, length in block.tolist():
-                chosen = bucket < limit if length <= wanted else length < longest
-                tokens[position : position + length].tofile(validation if chosen else train)
-                counts["validation_tokens" if chosen else "train_tokens"] += length
-                position += length
-        if n_documents == 1:
-            train.truncate((len(tokens) - wanted) * _TOKEN.itemsize)
-            tokens[len(tokens) - wanted :].tofile(validation)
-            counts = {"train_tokens": len(tokens) - wanted, "validation_tokens": wanted}
-    return counts
+        with atomic_write(path) as temporary:
+            with temporary.open("wb") as file:  # closed before it is renamed
+                for block in _documents(part):
+                    for bucket, length in block.tolist():
+                        chosen = bucket < limit if length <= wanted else length < longest
+                        if chosen == validation:
+                            file.write(tokens[position : min(position + length, end)].data)
+                        position += length
+                if validation:
+                    file.write(tokens[end:].data)
+            return temporary.stat().st_size // _TOKEN.itemsize
+
+    return {"train_tokens": write(out / TRAIN, False), "validation_tokens": write(out / VALIDATION, True)}
 
 
 def _choose(part: Path, wanted: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""What may go wrong in the middle of a run: a signal, and a number that is not one."""
+"""What may go wrong in the middle of a run: a signal, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["NonFiniteError", "Stop", "first_nonfinite", "stop_on_signals"]
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient that is infinite or not a number. Says where it came from."""
+    """A loss or a gradient is infinite or not a number. Says where it came from."""
 
 
 class Stop:
@@ -29,7 +29,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Inside, SIGINT and SIGTERM only set `.signal`, for the loop to see when its step is done. A second SIGINT
+    """Inside, SIGINT and SIGTERM only set `.signal`, which the loop reads when its step is done. A second SIGINT
     interrupts at once."""
     stop = Stop()
 
@@ -49,11 +49,11 @@ def stop_on_signals() -> Iterator[Stop]:
 
 @contextmanager
 def first_nonfinite(model: nn.Module) -> Iterator[list[str]]:
-    """Run a step inside; afterwards the list names, in the order in which they were computed, the modules that made
-    something infinite or not a number out of finite inputs, in the forward or in the backward pass. It is empty if
-    everything was finite.
+    """Run a step inside; afterwards the list names, in the order of computation, the modules that made something
+    infinite or not a number out of finite inputs, in the forward or in the backward pass. It is empty if everything was
+    finite.
 
-    Every tensor is looked at, so this is for a step that is known to be bad and is run again.
+    Every tensor is checked, which is slow: this is for a step that is known to be bad and is run again.
     """
     watch = _Watch()
     hooks = []
@@ -71,7 +71,7 @@ def first_nonfinite(model: nn.Module) -> Iterator[list[str]]:
 
 
 class _Watch:
-    """What the hooks of first_nonfinite see."""
+    """The hooks of first_nonfinite, and what they found."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -82,7 +82,7 @@ class _Watch:
         if not _finite(output) and _finite(inputs):
             weights = all(_finite(p) for p in module.parameters())
             self.found.append(f"the output of {name}" if weights else f"a weight of {name}")
-        # Not the hooks that modules have for the backward pass: those change the graph, and want inputs with gradients.
+        # A module's own backward hooks would change the graph, and need inputs that have gradients.
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(functools.partial(self.receive, name))
         for tensor in inputs:

@@ -1,11 +1,8 @@
-"""What a training run measures of itself, and where it writes it down."""
+"""What a training run measures of itself, and the file that keeps it."""
 
 from __future__ import annotations
 
 import json
-import os
-import resource
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +11,11 @@ from typing import Any, TextIO
 import torch
 
 from minigpt2.config import GPT2Config
-from minigpt2.device import synchronize
-from minigpt2.files import written_whole
+from minigpt2.device import peak_bytes, synchronize
+from minigpt2.files import atomic_write, errors_name, flush
 from minigpt2.ops.products import multiply
 
-__all__ = ["Metrics", "Speedometer", "flops_per_token", "matmul_rate", "peak_memory", "plot_losses", "read_rows"]
+__all__ = ["Metrics", "Speedometer", "flops_per_token", "matmul_rate", "plot_losses", "read_rows"]
 
 FILE = "metrics.jsonl"
 
@@ -26,8 +23,8 @@ FILE = "metrics.jsonl"
 class Metrics:
     """`folder`/metrics.jsonl: one JSON object a step; with `tensorboard`, the same for TensorBoard in `folder`/tb.
 
-    `step` is where the run goes on: rows of later steps, which a killed run left, are taken out. One process of many
-    `writes`.
+    `step` is where the run goes on: rows of later steps, which a killed run left, are removed. Of many processes only
+    one `writes`.
     """
 
     _file: TextIO | None
@@ -37,12 +34,12 @@ class Metrics:
         self._started, self._before, self._board, self._file = time.perf_counter(), 0.0, None, None
         if not writes:
             return
-        path = folder / FILE
-        rows = [row for row in read_rows(path) if row["step"] <= step]
-        with written_whole(path) as new:
+        self._path = folder / FILE
+        rows = [row for row in read_rows(self._path) if row["step"] <= step]
+        with atomic_write(self._path) as new:
             new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._before = float(rows[-1]["seconds"]) if rows else 0.0
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -52,7 +49,7 @@ class Metrics:
 
     @property
     def seconds(self) -> float:
-        """Time that this run has taken, with that of the processes before it."""
+        """Time that this run has taken, including what it took before it was resumed."""
         return self._before + time.perf_counter() - self._started
 
     def write(self, row: dict[str, Any]) -> None:
@@ -60,8 +57,9 @@ class Metrics:
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        with errors_name(self._path):
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
         if self._board is not None:
             for key, value in row.items():
                 if key != "step" and isinstance(value, (int, float)):
@@ -70,7 +68,7 @@ class Metrics:
     def flush(self) -> None:
         """Have the rows so far on disk before this returns."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            flush(self._path)
         if self._board is not None:
             self._board.flush()
 
@@ -87,7 +85,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, none if there is no file; a last line that was cut short is left out."""
+    """The rows of a metrics file, none if there is no file. A last line that a kill cut short is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -109,7 +107,7 @@ def plot_losses(folder: Path) -> Path:
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=str(folder))
     axes.grid(alpha=0.3)
     axes.legend()
-    with written_whole(folder / "loss.png") as path:
+    with atomic_write(folder / "loss.png") as path:
         figure.savefig(path, format="png", dpi=120)
     return folder / "loss.png"
 
@@ -119,9 +117,7 @@ def flops_per_token(config: GPT2Config, length: int) -> float:
     multiply-and-add, forward once and backward twice, recomputation not counted (Chowdhery et al. 2022, "PaLM",
     appendix B)."""
     C, L = config.n_embd, config.n_layer
-    weights = (
-        L * (4 * C * C + 2 * C * config.inner) + config.vocab_size * C
-    )  # entries of matrices that are multiplied by
+    weights = L * (4 * C * C + 2 * C * config.inner) + config.vocab_size * C  # of the matrices in products
     return 6.0 * weights + 12.0 * L * C * length
 
 
@@ -135,15 +131,15 @@ class Speedometer:
     def row(self, tokens: int, seconds: float) -> dict[str, float]:
         """Tokens a second, model-FLOP utilisation (a share of 1), and peak memory in GiB."""
         speed = tokens / seconds
-        peak = peak_memory(self._device)
+        peak = peak_bytes(self._device) / 2**30
         return {"tokens_per_second": speed, "mfu": speed * self._share, "peak_memory_gib": peak}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, made as the model's are, the best of three: the yardstick of
+    """Operations a second of a large matrix product, computed as the model's are, the best of three: the yardstick of
     model-FLOP utilisation, since no table knows every device. Draws no random numbers."""
     n, best = 128, 0.0
-    while n < 8192 and best < 0.005:  # as large as takes a moment: some dtypes are very slow on some devices
+    while n < 8192 and best < 0.005:  # larger until it takes a moment: some dtypes are very slow on some devices
         n, best = 2 * n, float("inf")
         a = torch.full((n, n), 0.5, device=device, dtype=dtype)
         for _ in range(3):
@@ -153,11 +149,3 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             synchronize(device)
             best = min(best, time.perf_counter() - start)
     return 2.0 * n**3 / best
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most this process has held so far (resident), or that its tensors have held on a CUDA device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

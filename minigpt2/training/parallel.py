@@ -1,4 +1,4 @@
-"""One step on many processes: who does what, and PyTorch's own engines (DDP, FSDP2) to do it.
+"""One step on many processes: which does what, with DDP and FSDP2 of PyTorch.
 
 The processes share each micro-batch evenly, so a run means the same on any number of them.
 """
@@ -72,8 +72,8 @@ class Processes:
         return [json.loads(t.numpy().tobytes()) for t in all_of_them]
 
     def ended(self, status: int) -> int:
-        """Return the exit status; but if it is not 0, one of many processes ends here: an orderly end may wait for the
-        others, which may be waiting for this one, and learn of its end by torchrun, which ends them."""
+        """Return the exit status, unless it is not 0 and torchrun started this process, which then ends at once: in an
+        orderly end it could wait for others that wait for it. Torchrun ends the others."""
         if status and self.torchrun:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -81,7 +81,7 @@ class Processes:
         return status
 
     def wait(self) -> None:
-        """Return when every process is here."""
+        """Wait until every process is here."""
         self.highest(0)
 
 
@@ -105,15 +105,15 @@ def started(device: str) -> Iterator[Processes]:
     except BaseException:
         traceback.print_exc()
         Processes(torchrun=True).ended(1)
-    # DDP keeps the process group, whose destructor waits for threads that may wait for Python's lock: it must not be
-    # the last to let go of it, as it does so with the lock held.
+    # The destructor of the process group waits for threads that may wait for Python's lock, which DDP holds when it
+    # releases the group: it must not be the last to do so.
     gc.collect()
     dist.destroy_process_group()
 
 
 class LossSum(nn.Module):
     """The sum of the losses of a batch as a forward pass, which is what DDP and FSDP2 wrap. With `compile` it is
-    compiled in training mode; the model itself, and with it the names of its parameters, stays as it is."""
+    compiled in training mode; the model itself and the names of its parameters stay as they are."""
 
     def __init__(self, model: GPT2, *, compile: bool = False) -> None:
         super().__init__()
@@ -127,9 +127,9 @@ class LossSum(nn.Module):
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function compiled by torch.compile as one graph, once for each shape; RuntimeError if that cannot be. Its
-    random numbers are those of the function itself, and so are its results, but for rounding."""
-    # Inductor has a random generator of its own, which would drop out other elements.
+    """The function compiled by torch.compile as one graph, once for each shape; RuntimeError if that fails. It draws
+    the random numbers that the function draws, and gives the same results but for rounding."""
+    # Inductor's own random generator would drop other elements.
     return torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
@@ -138,7 +138,8 @@ def distribute(
 ) -> nn.Module:
     """A LossSum of the model whose gradients are the mean over processes. `model`, which must be the same everywhere,
     keeps its names; with fsdp its parameters become shards (DTensors), a group for each block. Raises ValueError where
-    `compile` cannot be: with fsdp, whose hooks at each block do not go into one graph, and without a C++ compiler."""
+    `compile` cannot work: with fsdp, whose hooks at each block do not fit into one graph, and without a C++
+    compiler."""
     if compile and mode == "fsdp":
         raise ValueError("--compile cannot be combined with --parallel fsdp")
     if compile and processes.device.type == "cpu" and isinstance(reason := build.kernel(), str):
@@ -156,6 +157,6 @@ def distribute(
 
 
 def unsynchronised(network: nn.Module) -> AbstractContextManager[None]:
-    """Inside, DDP only adds up its gradients; the next backward pass outside exchanges them all. FSDP2 goes on
-    exchanging, since keeping whole gradients would cost the memory it is there to save."""
+    """Inside, DDP only accumulates its gradients; the next backward pass outside exchanges them all. FSDP2 goes on
+    exchanging, since unsharded gradients would cost the memory that it is there to save."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()

@@ -2,22 +2,21 @@
 
 A snapshot is a folder, `step-00000120`, with groups of tensors in safetensors (`weights.safetensors`,
 `optimizer.safetensors`, ...), everything else in `state.json`, and the size and SHA-256 of each file in
-`manifest.json`. It is written under a hidden name, flushed to disk and renamed, so a folder of that name is whole or
+`manifest.json`. It is written under a hidden name, flushed to disk and renamed, so a folder of that name is complete or
 not there; the digests catch what happens to it afterwards. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,6 +28,7 @@ from minigpt2.files import flush, sha256_of
 __all__ = [
     "Snapshot",
     "SnapshotError",
+    "full_tensor",
     "load_optimizer",
     "load_weights",
     "newest",
@@ -37,7 +37,6 @@ __all__ = [
     "save",
     "set_random_state",
     "weight_tensors",
-    "whole",
 ]
 
 FORMAT = "minigpt2 snapshot 1"
@@ -81,8 +80,7 @@ def save(
     temporary = root / f".{final.name}.tmp"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(".step-*.tmp"):  # of a process that was killed: one process writes to a folder
-            shutil.rmtree(left)
+        _delete_hidden(root)
         temporary.mkdir()
         for group, named in tensors.items():
             save_file({name: t.detach().contiguous() for name, t in named.items()}, temporary / f"{group}.safetensors")
@@ -93,23 +91,38 @@ def save(
         _write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
         for path in [*temporary.iterdir(), temporary]:
             if path.suffix == ".safetensors":
-                path.chmod((temporary / STATE).stat().st_mode)  # safetensors makes private files
+                with suppress(OSError):  # some file systems know no permissions
+                    path.chmod((temporary / STATE).stat().st_mode)  # safetensors makes private files
             flush(path)
-        if final.exists():  # a folder is renamed only onto nothing; the one that is there is damaged, or the same
-            final.rename(root / f".{final.name}.old.tmp")
+        if final.exists():  # damaged, or the same; a folder is renamed only onto nothing
+            _hide(final)
         temporary.rename(final)
         flush(root)
         for path in [p for n, p in _candidates(root) if n <= step][keep:] if keep else []:
-            hidden = root / f".{path.name}.old.tmp"
-            path.rename(hidden)  # first, so that a deletion that is cut short leaves nothing that looks like a snapshot
-            shutil.rmtree(hidden)
-        shutil.rmtree(root / f".{final.name}.old.tmp", ignore_errors=True)
+            _hide(path)
+        _delete_hidden(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        whole_one = newest(root)[0]
-        intact = f"the newest whole snapshot is {whole_one.path}" if whole_one else "there is no whole snapshot"
+        found = newest(root)[0]
+        intact = f"the newest intact snapshot is {found.path}" if found else "there is no intact snapshot"
         raise SnapshotError(f"cannot write {final}: {error}; {intact}") from error
     return final
+
+
+def _hide(path: Path) -> None:
+    """Rename a snapshot that is to be deleted, so that a deletion that is cut short leaves nothing that looks like one.
+    Where a folder cannot be renamed, as one of a container's image, it is deleted as it is."""
+    try:
+        path.rename(path.with_name(f".{path.name}.old.tmp"))
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete_hidden(root: Path) -> None:
+    """Delete the snapshots that `_hide` left, and those that a process was writing when it was killed: only one process
+    writes to a folder."""
+    for path in root.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(root: Path) -> tuple[Snapshot | None, list[str]]:
@@ -170,68 +183,61 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every global random number generator, as JSON values: torch (CPU and `device`), Python, NumPy."""
-    numpy: Any = np.random.get_state(legacy=False)
-    version, words, gauss = random.getstate()
-    states: dict[str, Any] = {"torch": _to_hex(torch.get_rng_state()), "python": [version, list(words), gauss]}
-    states["numpy"] = numpy | {"state": {"key": numpy["state"]["key"].tolist(), "pos": int(numpy["state"]["pos"])}}
+def random_state(device: torch.device) -> dict[str, str]:
+    """The states of PyTorch's random number generators, of the CPU and of `device`, as JSON values. A run draws from no
+    others."""
+    states = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
-        states["cuda"] = _to_hex(torch.cuda.get_rng_state(device))
+        states["cuda"] = torch.cuda.get_rng_state(device)
     if device.type == "mps":
-        states["mps"] = _to_hex(torch.mps.get_rng_state())
-    return states
+        states["mps"] = torch.mps.get_rng_state()
+    return {name: state.numpy().tobytes().hex() for name, state in states.items()}
 
 
 def set_random_state(states: Mapping[str, Any], device: torch.device) -> None:
-    """Undo what was drawn since `random_state`. A generator that has no state in `states` keeps its own."""
-    torch.set_rng_state(_from_hex(states["torch"]))
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    key = np.array(states["numpy"]["state"]["key"], dtype=np.uint32)
-    np.random.set_state(states["numpy"] | {"state": states["numpy"]["state"] | {"key": key}})
+    """Undo what was drawn since `random_state`. A generator that has no state in `states` keeps its own; states of
+    others, which older snapshots have, are ignored."""
+
+    def state(name: str) -> Tensor:
+        return torch.frombuffer(bytearray.fromhex(states[name]), dtype=torch.uint8)
+
+    torch.set_rng_state(state("torch"))
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(_from_hex(states["cuda"]), device)
+        torch.cuda.set_rng_state(state("cuda"), device)
     if device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(_from_hex(states["mps"]))
+        torch.mps.set_rng_state(state("mps"))
 
 
-def _to_hex(state: Tensor) -> str:
-    return state.numpy().tobytes().hex()
-
-
-def _from_hex(state: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, or all of one that is sharded over processes, each of which must call this."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is sharded over processes, each of which must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def weight_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """Every parameter, whole, under its name. Sharded ones are gathered, one at a time, by all processes; the copies go
-    to the CPU of those that `keep` them, and the others get nothing."""
-    return _gathered(((name, p.detach()) for name, p in model.named_parameters()), keep)
+    """Every parameter under its name, gathered by all processes, one at a time, if it is sharded. Only processes that
+    `keep` them get them, on the CPU; a tensor that is there already is not copied."""
+    return _gathered(dict(model.named_parameters()), keep)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
-    """The optimizer's tensors for each parameter, whole, as `NAME/exp_avg` and so on; see weight_tensors."""
-    named = ((f"{name}/{key}", t) for name, p in model.named_parameters() for key, t in optimizer.state[p].items())
-    return _gathered(named, keep)
+    """The optimizer's tensors for each parameter, as `NAME/exp_avg` and so on; see weight_tensors."""
+    of_parameters = {name: optimizer.state[p] for name, p in model.named_parameters()}
+    return _gathered({f"{name}/{key}": t for name, state in of_parameters.items() for key, t in state.items()}, keep)
 
 
-def _gathered(named: Any, keep: bool) -> dict[str, Tensor]:
+# Not by torch.distributed.checkpoint.state_dict: for an optimizer without state, as in the snapshot before the first
+# step, it takes a step, which counts in Adam's bias correction ever after; and it loads beside gradients and a state.
+def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     kept = {}
-    for name, tensor in named:
-        complete = whole(tensor)
+    for name, tensor in tensors.items():
+        full = full_tensor(tensor.detach())
         if keep:
-            kept[name] = complete.cpu() if isinstance(tensor, DTensor) else complete
+            kept[name] = full.cpu()
     return kept
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into the parameters, sharded or not. Raises SnapshotError where they do not fit."""
+    """Copy tensors that are not sharded into parameters that may be. Raises SnapshotError where they do not fit."""
     parameters = dict(model.named_parameters())
     _check_fit({name: (p.shape, p.dtype) for name, p in parameters.items()}, tensors)
     with torch.no_grad():
@@ -248,13 +254,13 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         if name not in parameters:
             raise SnapshotError(f"the optimizer state {key} belongs to no parameter of this model")
         p = parameters[name]
-        # A scalar, such as AdamW's count of steps, belongs to the parameter as a whole.
+        # A scalar, such as AdamW's count of steps, is not sharded.
         state = value.to(p.device) if value.dim() == 0 else _placed_like(p, value)
         optimizer.state[p][kind] = state
 
 
 def _placed_like(p: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole, on p's device and sharded as p is."""
+    """`value` on p's device and sharded as p is."""
     value = value.to(p.device)
     return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
 

@@ -20,7 +20,7 @@ __all__ = ["RunState", "seed_of"]
 
 class RunState:
     """Weights, optimizer (its schedule is a function of the step), loss scale, position in the data, best validation
-    loss, step, settings, and the global random number generators, which belong to the process.
+    loss, step, settings, and the states of PyTorch's random number generators, which belong to the process.
 
     `settings` are JSON values, among them the `seed`.
     """
@@ -67,22 +67,22 @@ class RunState:
         self.processes.wait()
         self.saved_step = self.step
 
-    def resume(self, root: Path, dials: Collection[str]) -> list[str]:
-        """Go on from the newest snapshot under `root` that is whole; there is nothing to do where there was none yet.
-        Returns what to tell the user. Raises SnapshotError if all of them are damaged, or as `restore` does."""
+    def resume(self, root: Path, may_differ: Collection[str]) -> list[str]:
+        """Go on from the newest intact snapshot under `root`; there is nothing to do where there was none yet. Returns
+        what to tell the user. Raises SnapshotError if all of them are damaged, or as `restore` does."""
         found, passed_over = snapshot.newest(root)
         if found is not None:
-            self.restore(found, dials)
+            self.restore(found, may_differ)
         elif passed_over:
-            raise snapshot.SnapshotError(f"{root} has no whole snapshot: {'; '.join(passed_over)}")
+            raise snapshot.SnapshotError(f"{root} has no intact snapshot: {'; '.join(passed_over)}")
         said = f"resuming from {found.path if found else 'the beginning: the run had no snapshot yet'}"
         return [*(f"passed over: {reason}" for reason in passed_over), said]
 
-    def restore(self, saved: snapshot.Snapshot, dials: Collection[str]) -> None:
-        """Go on from a snapshot. Raises SnapshotError, with nothing changed, if it is of other data or of settings that
-        differ in more than `dials`."""
+    def restore(self, saved: snapshot.Snapshot, may_differ: Collection[str]) -> None:
+        """Go on from a snapshot. Raises SnapshotError, with nothing changed, if it is of other data or if settings
+        other than `may_differ` differ."""
         state, now = saved.state, self.settings
-        differ = [name for name in now if name not in dials and state["config"].get(name) != now[name]]
+        differ = [name for name in now if name not in may_differ and state["config"].get(name) != now[name]]
         problems = [f"{name} {state['config'].get(name)} there, {now[name]} here" for name in differ]
         if state["data"]["fingerprint"] != self.corpus_fingerprint:
             problems.append("the training tokens are not the same")

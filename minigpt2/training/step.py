@@ -29,7 +29,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     """Matrix products in `precision`, the rest in float32."""
     if precision == "fp32":
         return nullcontext()
-    # Without its cache, which would keep a copy of every weight alive and which helps only weights that are used twice.
+    # Without its cache, which would keep a copy of every weight alive and helps only weights that are used twice.
     return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
 
 
@@ -40,10 +40,10 @@ def accumulate_gradients(
     precision: str = "fp32",
     scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Tensor, int]:
-    """Add to the gradients those of one mean: of the loss over every target that is not -100, in all micro-batches of
-    all processes. Returns that mean, in nats, and the number of targets.
+    """Accumulate the gradients of one mean: that of the loss over all targets that are not -100, in all micro-batches
+    of all processes. Returns that mean, in nats, and the number of targets.
 
-    `network` is that of parallel.distribute; each micro-batch is (input_ids, targets), (B, T) each, on the CPU. The
+    `network` comes from parallel.distribute; each micro-batch is (input_ids, targets), (B, T) each, on the CPU. The
     mean is a scalar tensor on the processes' device, which nothing here waits for.
     """
     counts = torch.stack([(targets != -100).sum() for _, targets in micro_batches])
@@ -70,17 +70,16 @@ def culprit(
     precision: str,
     scaler: torch.amp.GradScaler,
 ) -> str:
-    """Run a bad step again, look at every tensor, and say which module made the first that is not finite. Leaves the
-    gradients of that, and draws the random numbers of the step."""
+    """Run a bad step again, check every tensor, and say which module made the first that is not finite. Leaves the
+    gradients of that run, and draws the random numbers of the step."""
     model.zero_grad()
-    # To look at a tensor is nothing that could be compiled.
+    # Eager, since hooks that read values cannot be compiled.
     with torch.compiler.set_stance("force_eager"), first_nonfinite(model) as found:
         accumulate_gradients(network, micro_batches, processes, precision, scaler)
     for rank, names in enumerate(processes.gather(found[:1])):
         if names:
-            return f"{names[0]} is the first that is not finite" + (
-                f", on process {rank}" if processes.world > 1 else ""
-            )
+            where = f", on process {rank}" if processes.world > 1 else ""
+            return f"{names[0]} is the first that is not finite{where}"
     return "no module's own output or gradient is to blame"
 
 
@@ -99,7 +98,7 @@ def mean_loss(network: nn.Module, batches: Iterable[Batch], processes: Processes
             losses.append(network(to_device(x, device), to_device(y, device)))
         count += int((y != -100).sum())
     if isinstance(network, FSDPModule):
-        network.reshard()  # a forward pass leaves the outermost group whole, for the backward pass that did not come
+        network.reshard()  # a forward pass leaves the outermost group gathered, for the backward pass that did not come
     network.train()
     own = [sum(torch.stack(losses).tolist()), count]
     loss_sum, count = processes.sum(torch.tensor(own, dtype=torch.float64)).tolist()
@@ -107,7 +106,8 @@ def mean_loss(network: nn.Module, batches: Iterable[Batch], processes: Processes
 
 
 def save_weights(model: GPT2, folder: Path, processes: Processes) -> GPT2:
-    """Have the main process write the weights, gathered if they are sharded. Returns there a model that has them."""
+    """Let the main process write the weights, gathered if they are sharded. Returns a model that has them there; on the
+    other processes it has none."""
     if processes.torchrun:
         tensors = weight_tensors(model, keep=processes.main)
         with torch.device("meta"):
