@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,8 +44,9 @@ def make_inputs(folder: Path, n_tokens: int = 40_000) -> list[str]:
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:
-    """The command line of some settings."""
-    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    """The command line of some settings; True is a flag."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    return [part for name, value in given.items() for part in ([name] if value is True else [name, str(value)])]
 
 
 def command(*settings: str, processes: int = 0) -> list[str]:
@@ -56,17 +60,44 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(*settings: str, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run train.py in processes of its own."""
-    return subprocess.run(
+def launch(*settings: str, processes: int = 0) -> str:
+    """Run train.py to its end in processes of its own; return what it printed."""
+    process = subprocess.run(
         command(*settings, processes=processes), env=environment(), capture_output=True, text=True, timeout=240
     )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def run_here(*settings: str, status: int = 0) -> str:
+    """Run train.py in this process, which is quicker. Return what it printed, on standard error if `status`, which its
+    exit status must be, is not 0."""
+    import train
+
+    printed, errors = io.StringIO(), io.StringIO()
+    # The arena of tune_allocator would stay in this process, and tests of memory could not see what it holds.
+    argv = ["train.py", *settings, "--no-tune-allocator"]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            ended = train.main()
+        except SystemExit as end:  # of the parser of the command line
+            ended = end.code
+    assert ended == status, errors.getvalue()
+    return errors.getvalue() if status else printed.getvalue()
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, step by step."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, less times and memory."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in EXACT if key in row} for row in rows]
+    """The same without times and memory."""
+    return [{key: row[key] for key in EXACT if key in row} for row in rows(out)]
 
 
 def outcome(out: Path) -> tuple[list[dict[str, Any]], str, str]:

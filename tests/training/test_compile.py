@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import arguments, curve, launch, make_inputs, outcome
+from tiny_runs import arguments, curve, launch, outcome
 from torch import Tensor
 
-import train
 from minigpt2 import GPT2, GPT2Config
 from minigpt2.ops import build
 from minigpt2.training import parallel
@@ -153,78 +152,50 @@ def test_fsdp_is_refused_by_name() -> None:
 SETTINGS = {"dropout": 0.1, "accumulate": 2, "snapshot_every": 5, "max_steps": 12, "warmup": 3, "checkpoint_every": 1}
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 @pytest.fixture
-def run(inputs: list[str], monkeypatch: pytest.MonkeyPatch):
-    """run(out, ...) calls train.main with the settings and returns its exit status."""
-
-    def call(out: Path, *flags: str, **changes: object) -> int:
-        settings = [] if "--resume" in flags else [*inputs, *arguments(SETTINGS)]
-        # The arena of tune_allocator would stay in this process, and tests of memory could not see what it holds.
-        argv = ["train.py", *settings, *flags, "--no-tune-allocator", "--out", str(out), *arguments(changes)]
-        monkeypatch.setattr("sys.argv", argv)
-        return train.main()
-
-    return call
+def run(run):
+    return lambda out, resume=False, **changes: run(out, resume=resume, **(changes if resume else SETTINGS | changes))
 
 
 class Crash(Exception):
     pass
 
 
-def test_a_compiled_run_resumes_bit_for_bit(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def crash(trainer: object) -> None:
+    raise Crash
+
+
+def test_a_compiled_run_resumes_bit_for_bit(run, at_step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is not continued without --compile, as Inductor rounds otherwise."""
     monkeypatch.setattr(parallel, "compiled", traced)
-    assert run(tmp_path / "whole", "--compile") == 0
-    with monkeypatch.context() as patch:
-        advance = train.Trainer.advance
-
-        def crash(trainer):
-            if trainer.step == 7:
-                raise Crash
-            return advance(trainer)
-
-        patch.setattr(train.Trainer, "advance", crash)
-        with pytest.raises(Crash):
-            run(tmp_path / "broken", "--compile")
-    assert run(tmp_path / "broken", "--resume", "--no-compile") == 2
-    assert "another configuration: compile True there, False here" in capsys.readouterr().err
+    run(tmp_path / "whole", compile=True)
+    at_step(8, crash)
+    with pytest.raises(Crash):
+        run(tmp_path / "broken", compile=True)
+    error = run(tmp_path / "broken", resume=True, no_compile=True, status=2)
+    assert "another configuration: compile True there, False here" in error
     torch._dynamo.reset()
-    assert run(tmp_path / "broken", "--resume") == 0
+    run(tmp_path / "broken", resume=True)
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
     assert "_orig_mod" not in str(load_file(tmp_path / "whole" / "model.safetensors").keys())
-    assert run(tmp_path / "plain") == 0
+    run(tmp_path / "plain")
     for a, b in zip(curve(tmp_path / "whole"), curve(tmp_path / "plain"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def test_a_number_that_is_not_finite_is_traced_to_its_module(run, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_number_that_is_not_finite_is_traced_to_its_module(run, at_step, tmp_path: Path, monkeypatch) -> None:
     """Whose hooks look at every tensor, which no graph does."""
     monkeypatch.setattr(parallel, "compiled", traced)
-    advance = train.Trainer.advance
-
-    def poisoned(trainer):
-        if trainer.step == 3:
-            with torch.no_grad():
-                trainer.model.h[1].mlp.c_fc.bias[0] = float("nan")
-        return advance(trainer)
-
-    monkeypatch.setattr(train.Trainer, "advance", poisoned)
-    assert run(tmp_path, "--compile") == 1
-    assert "h.1.mlp.c_fc is the first that is not finite" in capsys.readouterr().err
+    at_step(4, lambda trainer: trainer.model.h[1].mlp.c_fc.bias.data.fill_(float("nan")))
+    assert "h.1.mlp.c_fc is the first that is not finite" in run(tmp_path, compile=True, status=1)
 
 
 @pytest.mark.usefixtures("cxx")
 def test_two_processes(inputs: list[str], run, tmp_path: Path) -> None:
-    settings = SETTINGS | {"dropout": 0.0, "max_steps": 3}
-    result = launch(*inputs, *arguments(settings), "--compile", "--out", str(tmp_path / "two"), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "cpu x 2 (ddp)" in result.stdout
-    assert run(tmp_path / "one", **{"dropout": 0.0, "max_steps": 3}) == 0
+    changes = {"dropout": 0.0, "max_steps": 3}
+    settings = [*inputs, *arguments(SETTINGS | changes), "--compile", "--out", str(tmp_path / "two")]
+    assert "cpu x 2 (ddp)" in launch(*settings, processes=2)
+    run(tmp_path / "one", **changes)
     for a, b in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
