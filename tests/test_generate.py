@@ -202,7 +202,7 @@ def test_generation_ends_when_every_row_has(model, prompt):
         ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"\(B, T\)"),
         ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"\(B, T\)"),
         ({"input_ids": torch.zeros(1, 3)}, "int64"),
-        ({"input_ids": torch.zeros(1, 65, dtype=torch.long)}, "65 tokens, the context length is 64"),
+        ({"input_ids": torch.zeros(1, 65, dtype=torch.long)}, "65 tokens exceed the context length n_positions=64"),
         ({"input_ids": torch.tensor([[1, 503]])}, r"503 is outside the vocabulary \[0, 503\)"),
         ({"input_ids": torch.tensor([[-1, 5]])}, "-1 is outside the vocabulary"),
     ],
