@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minigpt2.config import GPT2Config
 from minigpt2.inputs import check_input
 
 if TYPE_CHECKING:
@@ -30,22 +31,20 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) after what is there; return all so far, (B, H, length, D), in the dtype and on the
         device of k. Gradients reach what is new, not what was stored before."""
-        B, H, T, D = k.shape
-        if (self.k.size(0), self.k.size(1), self.k.size(3)) != (B, H, D):
-            raise ValueError(f"the cache {tuple(self.k.shape)} is of another model than keys {tuple(k.shape)}")
-        start, stop = self.length, self.length + T
+        start, stop = self.length, self.length + k.size(2)
         if (self.k.dtype, self.k.device) != (k.dtype, k.device):
             # Autocast began or ended since, or the model moved. What is stored keeps all of its digits.
             dtype = torch.promote_types(self.k.dtype, k.dtype) if start else k.dtype
-            self.k, self.v = self.k.to(k.device, dtype), self.v.to(k.device, dtype)
+            old_k, old_v = self.k[:, :, :start], self.v[:, :, :start]
+            self.k, self.v = (torch.empty_like(old, dtype=dtype, device=k.device) for old in (self.k, self.v))
+            self.k[:, :, :start], self.v[:, :, :start] = old_k, old_v
         self.k[:, :, start:stop] = k.detach()
         self.v[:, :, start:stop] = v.detach()
         self.length = stop
-        if k.requires_grad:
-            return torch.cat([self.k[:, :, :start].to(k.dtype), k], 2), torch.cat(
-                [self.v[:, :, :start].to(k.dtype), v], 2
-            )
-        return self.k[:, :, :stop].to(k.dtype), self.v[:, :, :stop].to(k.dtype)
+        if not k.requires_grad:
+            return self.k[:, :, :stop].to(k.dtype), self.v[:, :, :stop].to(k.dtype)
+        past_k, past_v = self.k[:, :, :start].to(k.dtype), self.v[:, :, :start].to(k.dtype)
+        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
 class KVCache:
@@ -64,6 +63,7 @@ class KVCache:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.batch_size, self.max_length = batch_size, max_length
+        self.model_shape = (config.n_layer, config.n_head, config.head_dim)
         shape = (batch_size, config.n_head, max_length, config.head_dim)
         self.layers = [LayerCache(shape, like) for _ in range(config.n_layer)]
 
@@ -72,8 +72,11 @@ class KVCache:
         """Tokens held so far."""
         return self.layers[0].length
 
-    def check(self, batch_size: int, n_new: int) -> None:
-        """Raise ValueError unless n_new more tokens of batch_size sequences fit."""
+    def check(self, config: GPT2Config, batch_size: int, n_new: int) -> None:
+        """Raise ValueError unless n_new more tokens of batch_size sequences fit, of a model of this configuration."""
+        shape = (config.n_layer, config.n_head, config.head_dim)
+        if shape != self.model_shape:
+            raise ValueError(f"the cache was made for (n_layer, n_head, head_dim) = {self.model_shape}, not {shape}")
         if batch_size != self.batch_size:
             raise ValueError(f"the cache was made for {self.batch_size} sequences, got {batch_size}")
         if self.length + n_new > self.max_length:

@@ -181,7 +181,9 @@ def _tensors_to_save(model: GPT2) -> dict[str, Tensor]:
         if name not in shapes:
             continue
         if type(tensor) not in (Tensor, nn.Parameter):
-            problems.append(f"{name} is a {type(tensor).__name__}, not a plain tensor (a sharded one is gathered first)")
+            problems.append(
+                f"{name} is a {type(tensor).__name__}, not a plain tensor (a sharded one is gathered first)"
+            )
         elif tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in _DTYPES.values():
             problems.append(f"{name} is a {tensor.layout} {tensor.dtype} tensor on {tensor.device}, not one of floats")
         elif tuple(tensor.shape) != shapes[name]:
