@@ -30,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minigpt2 import memory, tune_allocator
+from minigpt2.command_line import parsed
 from minigpt2.config import GPT2Config
 from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
 from minigpt2.device import resident_bytes
@@ -295,7 +296,7 @@ def train(trainer: Trainer, out: Path) -> int:
 
 def read_settings() -> TrainConfig:
     """The settings of the command line; those of a resumed run are what they were unless they are given again."""
-    config = tyro.cli(TrainConfig)
+    config = parsed(lambda: tyro.cli(TrainConfig))
     if not config.resume or config.out is None:
         return config
     path = config.out / SETTINGS
@@ -307,7 +308,7 @@ def read_settings() -> TrainConfig:
         raise ValueError(f"--resume: {config.out} holds no run") from None
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not the settings of a run: {error}") from None
-    return tyro.cli(TrainConfig, default=default)
+    return parsed(lambda: tyro.cli(TrainConfig, default=default))
 
 
 def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:

@@ -13,11 +13,17 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from minigpt2 import __version__
+from minigpt2.command_line import deferred, parsed
+
+if TYPE_CHECKING:
+    import torch
+
+    from minigpt2.model import GPT2
 
 __all__ = ["main"]
 
@@ -48,14 +54,13 @@ def generate(
     """
     import torch
 
-    from minigpt2.device import pick_device
     from minigpt2.generate import stream
-    from minigpt2.model import GPT2
     from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
-    place, tokenizer = pick_device(device), get_tokenizer()
-    network = GPT2.from_pretrained(model, attention=attention).to(place)
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=place)
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"--seed must be from 0 to 2**64 - 1, got {seed}")
+    tokenizer, (network, place) = get_tokenizer(), _load(model, attention, device)
+    ids = torch.tensor([tokenizer.encode_ordinary(prompt)], dtype=torch.long, device=place)
     generator = None if seed is None else torch.Generator(place).manual_seed(seed)
     tokens = stream(
         network,
@@ -98,16 +103,28 @@ def evaluate(
         attention: Attention backend.
         device: cpu, cuda, cuda:N, mps, or auto: the best there is.
     """
-    from minigpt2.device import pick_device
     from minigpt2.evaluate import evaluate, tokens_of
-    from minigpt2.model import GPT2
 
-    place = pick_device(device)
+    network, _ = _load(model, attention, device)
     with tokens_of(data) as tokens:
-        network = GPT2.from_pretrained(model, attention=attention).to(place)
         result = evaluate(network, tokens, length=length, stride=stride, batch=batch, progress=True)
     print(f"loss {result.loss:.6f} nats per token, perplexity {result.perplexity:.4f}")
     print(f"bits per byte {result.bits_per_byte:.6f}, {result.tokens} tokens, {result.bytes} bytes")
+
+
+def _load(model: str, attention: str, device: str) -> tuple[GPT2, torch.device]:
+    """The model, on the device that is asked for. Raises ValueError if the attention asked for cannot serve there."""
+    from minigpt2.device import pick_device
+    from minigpt2.model import GPT2
+    from minigpt2.ops.attention import resolve_backend
+
+    place = pick_device(device)
+    network = GPT2.from_pretrained(model, attention=attention)
+    try:
+        resolve_backend(attention, place.type, network.wte.weight.dtype, network.config.head_dim)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return network.to(place), place
 
 
 def prepare(
@@ -197,7 +214,7 @@ def bench() -> None:
         "memory": bench_memory,
         "step": bench_step,
     }
-    tyro.extras.subcommand_cli_from_dict(benchmarks, prog="minigpt2 bench", args=sys.argv[2:])
+    _run(benchmarks, "minigpt2 bench", sys.argv[2:])
 
 
 def info() -> None:
@@ -218,6 +235,12 @@ def info() -> None:
     print(f"products of training, float32 on the CPU: {explain_products()}")
 
 
+def _run(verbs: dict[str, Callable[..., Any]], prog: str, arguments: list[str], description: str | None = None) -> None:
+    """Run the verb that the arguments name. Raises ValueError for arguments that cannot be read."""
+    calls = {name: deferred(verb) for name, verb in verbs.items()}
+    parsed(lambda: tyro.extras.subcommand_cli_from_dict(calls, prog=prog, description=description, args=arguments))()
+
+
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake."""
     verbs: dict[str, Callable[..., None]] = {"generate": generate, "eval": evaluate, "prepare": prepare}
@@ -230,7 +253,7 @@ def main() -> int:
             if sys.argv[1:2] == ["bench"]:  # it has verbs of its own
                 bench()
             else:
-                tyro.extras.subcommand_cli_from_dict(verbs, prog="minigpt2", description=__doc__)
+                _run(verbs, "minigpt2", sys.argv[1:], __doc__)
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
         return 141

@@ -50,6 +50,16 @@ _HARMLESS = {
     "predict_special_tokens",
 }  # fmt: skip
 
+# The sizes, and how large each may be: a damaged file is refused before memory is asked for.
+_SIZES = {
+    "vocab_size": 10**8,
+    "n_positions": 10**8,
+    "n_embd": 10**7,
+    "n_layer": 10**4,
+    "n_head": 10**7,
+    "n_inner": 10**8,
+}
+
 # Two names of the same tanh approximation of GELU.
 _GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 
@@ -92,12 +102,12 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        for name, most in _SIZES.items():
             value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                problems.append(f"{name} must be an integer >= 1, got {value!r}")
-        if self.n_inner is not None and (not _is_int(self.n_inner) or self.n_inner < 1):
-            problems.append(f"n_inner must be None or an integer >= 1, got {self.n_inner!r}")
+            if name == "n_inner" and value is None:
+                continue
+            if not _is_int(value) or not 1 <= value <= most:
+                problems.append(f"{name} must be an integer from 1 to {most}, got {value!r}")
         if not problems and self.n_embd % self.n_head:
             problems.append(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd}, n_head={self.n_head}")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -170,7 +180,7 @@ class GPT2Config:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")

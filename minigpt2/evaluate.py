@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minigpt2.data.batches import DataError, Tokens, open_tokens
 from minigpt2.data.prepare import tokenise
+from minigpt2.generate import evaluation_mode, nonfinite
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.model import GPT2
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
@@ -72,8 +73,9 @@ def evaluate(
 
     Windows of `length` tokens (default: the context length) move by `stride` (default: half of it), so a token is
     predicted from at least length - stride tokens where there are as many; stride 1 gives each all the context the
-    model can take. `batch` windows run at a time, in memory that does not depend on n. Draws no random numbers.
-    Raises ValueError for a length or stride that does not fit and DataError when there are no tokens.
+    model can take. `batch` windows run at a time, in memory that does not depend on n. Draws no random numbers, and
+    leaves each module in its mode. Raises ValueError for a length or stride that does not fit and for weights or a loss
+    that are not finite, DataError when there are no tokens.
     """
     length = model.config.n_positions if length is None else length
     stride = max(1, length // 2) if stride is None else stride
@@ -86,17 +88,25 @@ def evaluate(
         raise ValueError(f"batch must be >= 1, got {batch}")
     if not len(tokens):
         raise DataError("there are no tokens to evaluate")
-    was_training = model.training
-    model.eval()
+    if (problem := nonfinite(model)) is not None:
+        raise ValueError(problem)
     sizes = bytes_of_tokens()
     nats, n_bytes = 0.0, 0
-    with tqdm(total=len(tokens), unit="token", unit_scale=True, desc="evaluating", disable=not progress) as bar:
+    with (
+        evaluation_mode(model),
+        tqdm(total=len(tokens), unit="token", unit_scale=True, desc="evaluating", disable=not progress) as bar,
+    ):
         for group in _alike(windows(len(tokens), length, stride), batch):
-            nats += _losses(model, tokens, group).double().sum().item()
+            losses = _losses(model, tokens, group)
+            nats += losses.double().sum().item()
+            if not math.isfinite(nats):
+                raise ValueError(
+                    f"the loss is {nats}: with weights that are finite, the model overflows {losses.dtype}"
+                )
             for window in group:
-                n_bytes += int(sizes[tokens[window.stop - window.scored : window.stop]].sum())
+                scored = tokens[window.stop - window.scored : window.stop]
+                n_bytes += int(sizes[np.minimum(scored, END_OF_TEXT)].sum())
             bar.update(sum(window.scored for window in group))
-    model.train(was_training)
     loss = nats / len(tokens)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     bits = nats / math.log(2) / n_bytes if n_bytes else math.nan
@@ -129,7 +139,7 @@ def _before(tokens: Tokens, start: int) -> NDArray[np.uint16]:
 
 
 def bytes_of_tokens() -> NDArray[np.int64]:
-    """The length in bytes of what each token id stands for, (50257,); 0 for <|endoftext|>."""
+    """The length in bytes of what each token id stands for, (50257,); 0 for <|endoftext|>, and so for ids after it."""
     tokenizer = get_tokenizer()
     sizes = [len(tokenizer.decode_single_token_bytes(i)) for i in range(END_OF_TEXT)]
     return np.array([*sizes, 0], dtype=np.int64)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from minigpt2.config import GPT2Config
+from minigpt2.inputs import check_input
 
 if TYPE_CHECKING:
     from minigpt2.model import GPT2
 
-__all__ = ["KVCache", "generate", "next_token_probabilities", "stream"]
+__all__ = ["KVCache", "Sampling", "evaluation_mode", "generate", "next_token_probabilities", "nonfinite", "stream"]
 
 
 class LayerCache:
@@ -23,19 +29,30 @@ class LayerCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D) after what is there; return all so far, as views (B, H, length, D)."""
+        """Store k and v (B, H, T, D) after what is there; return all so far, (B, H, length, D), in the dtype and on the
+        device of k. Gradients reach what is new, not what was stored before."""
         start, stop = self.length, self.length + k.size(2)
+        if (self.k.dtype, self.k.device) != (k.dtype, k.device):
+            # Autocast began or ended since, or the model moved. What is stored keeps all of its digits.
+            dtype = torch.promote_types(self.k.dtype, k.dtype) if start else k.dtype
+            old_k, old_v = self.k[:, :, :start], self.v[:, :, :start]
+            self.k, self.v = (torch.empty_like(old, dtype=dtype, device=k.device) for old in (self.k, self.v))
+            self.k[:, :, :start], self.v[:, :, :start] = old_k, old_v
         self.k[:, :, start:stop] = k.detach()
         self.v[:, :, start:stop] = v.detach()
         self.length = stop
-        return self.k[:, :, :stop], self.v[:, :, :stop]
+        if not k.requires_grad:
+            return self.k[:, :, :stop].to(k.dtype), self.v[:, :, :stop].to(k.dtype)
+        past_k, past_v = self.k[:, :, :start].to(k.dtype), self.v[:, :, :start].to(k.dtype)
+        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
 class KVCache:
     """The past of `batch_size` sequences, up to `max_length` tokens each (default: the model's context length).
 
     Pass it as `model(input_ids, cache=cache)`: the new tokens continue those it holds, and are added to them. It takes
-    2 * L * batch_size * max_length * C elements of the model's dtype, on the model's device. No gradient flows into it.
+    2 * L * batch_size * max_length * C elements of the model's dtype (under autocast, of autocast's), on the model's
+    device. Gradients flow through the tokens of one call, not into those that the cache held before.
     """
 
     def __init__(self, model: GPT2, batch_size: int, max_length: int | None = None) -> None:
@@ -46,6 +63,7 @@ class KVCache:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.batch_size, self.max_length = batch_size, max_length
+        self.model_shape = (config.n_layer, config.n_head, config.head_dim)
         shape = (batch_size, config.n_head, max_length, config.head_dim)
         self.layers = [LayerCache(shape, like) for _ in range(config.n_layer)]
 
@@ -54,34 +72,69 @@ class KVCache:
         """Tokens held so far."""
         return self.layers[0].length
 
-    def check(self, batch_size: int, n_new: int) -> None:
-        """Raise ValueError unless n_new more tokens of batch_size sequences fit."""
+    def check(self, config: GPT2Config, batch_size: int, n_new: int) -> None:
+        """Raise ValueError unless n_new more tokens of batch_size sequences fit, of a model of this configuration."""
+        shape = (config.n_layer, config.n_head, config.head_dim)
+        if shape != self.model_shape:
+            raise ValueError(f"the cache was made for (n_layer, n_head, head_dim) = {self.model_shape}, not {shape}")
         if batch_size != self.batch_size:
             raise ValueError(f"the cache was made for {self.batch_size} sequences, got {batch_size}")
         if self.length + n_new > self.max_length:
             raise ValueError(f"the cache holds {self.length} of {self.max_length} tokens; {n_new} more do not fit")
+        if any(layer.length != self.length for layer in self.layers):
+            raise ValueError("a call that failed has filled a part of the cache's layers only; make a new cache")
 
 
-def next_token_probabilities(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """The distribution to sample from, (B, V), given logits (B, V).
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from its logits. Raises ValueError with every setting that is out of range."""
 
-    In this order: divide by `temperature` (> 0), keep the `top_k` highest, keep the smallest set of the likeliest
-    tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020), renormalise.
-    """
-    logits = logits.float()
-    # Relative to the highest, which then cannot overflow, however low the temperature.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
-    if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, index = logits.softmax(-1).sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of everything likelier
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
-        logits = logits.masked_fill(dropped, float("-inf"))
-    return logits.softmax(-1)
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy: it always takes the likeliest token."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens, and those tied with the last of them."""
+    top_p: float | None = None
+    """Keep the smallest set of the likeliest tokens whose probabilities reach p (nucleus sampling, Holtzman et al.
+    2020)."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.temperature, numbers.Real) or not 0 <= self.temperature < float("inf"):
+            problems.append(f"temperature must be a finite number >= 0 (0 is greedy), got {self.temperature!r}")
+        if self.top_k is not None and (not isinstance(self.top_k, numbers.Integral) or self.top_k < 1):
+            problems.append(f"top_k must be >= 1, got {self.top_k!r}")
+        if self.top_p is not None and (not isinstance(self.top_p, numbers.Real) or not 0 < self.top_p <= 1):
+            problems.append(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One token id of each row, (B,), given logits (B, V)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution to draw from, (B, V), in float32, given logits (B, V): the logits are divided by the
+        temperature, then `top_k` and `top_p` choose in this order, and what they keep is renormalised."""
+        logits = logits.float()
+        # Relative to the highest, which then cannot overflow, however low the temperature.
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+        if self.top_k is not None and self.top_k < logits.size(-1):
+            kth = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.top_p is not None and self.top_p < 1:
+            ordered, index = logits.softmax(-1).sort(dim=-1, descending=True)
+            before = ordered.cumsum(-1) - ordered  # probability of everything likelier
+            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= self.top_p)
+            logits = logits.masked_fill(dropped, float("-inf"))
+        return logits.softmax(-1)
+
+
+def next_token_probabilities(logits: Tensor, **sampling: Any) -> Tensor:
+    """The distribution to sample from, (B, V), given logits (B, V) and the settings of `Sampling`."""
+    return Sampling(**sampling).probabilities(logits)
 
 
 def stream(
@@ -89,39 +142,32 @@ def stream(
     input_ids: Tensor,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     attention_mask: Tensor | None = None,
     eos_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    **sampling: Any,
 ) -> Iterator[Tensor]:
     """Yield the next token of each row, (B,), up to max_new_tokens times. Arguments are those of `generate`.
 
-    The arguments are checked at once, before the first token is asked for.
+    The arguments are checked at once, before the first token is asked for. Between two tokens the model is as the
+    caller left it, and so it is when the stream is given up.
     """
-    _check_sampling(model, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
-
-    def tokens() -> Iterator[Tensor]:
-        was_training = model.training
-        model.eval()
-        try:
-            yield from _stream(
-                model, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask, eos_token_id, generator
-            )
-        finally:
-            model.train(was_training)
-
-    return tokens()
+    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens!r}")
+    settings = Sampling(**sampling)
+    if input_ids.dim() == 2 and input_ids.size(1) == 0 < input_ids.size(0):
+        raise ValueError("the prompt is empty; start from <|endoftext|> (id 50256) to generate from nothing")
+    check_input(model.config, input_ids.cpu(), attention_mask)  # on the CPU, where ids are looked at
+    if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
+        raise ValueError("attention_mask ends in padding; pad a batch of prompts on the left")
+    return _stream(model, input_ids, max_new_tokens, settings, attention_mask, eos_token_id, generator)
 
 
 def _stream(
     model: GPT2,
     input_ids: Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    sampling: Sampling,
     mask: Tensor | None,
     eos_token_id: int | None,
     generator: torch.Generator | None,
@@ -137,13 +183,11 @@ def _stream(
     feed = input_ids
     for _ in range(n_new):
         # Not around the loop: the caller's code runs between the yields.
-        with torch.inference_mode():
+        with torch.no_grad(), evaluation_mode(model):
             logits = model.next_logits(feed, mask, cache)  # (B, V)
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-                token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+            if not bool(logits.isfinite().all()):
+                raise ValueError(f"the logits are not finite: {nonfinite(model) or f'they overflow {logits.dtype}'}")
+            token = sampling.draw(logits, generator)
             if eos_token_id is not None:
                 token = token.masked_fill(done, eos_token_id)
                 done |= token == eos_token_id
@@ -156,7 +200,7 @@ def _stream(
     if n_new < max_new_tokens:
         warnings.warn(
             f"stopped at the context length of {model.config.n_positions} tokens, after {n_new} of {max_new_tokens}",
-            stacklevel=3,
+            stacklevel=2,
         )
 
 
@@ -165,66 +209,51 @@ def generate(
     input_ids: Tensor,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     attention_mask: Tensor | None = None,
     eos_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    **sampling: Any,
 ) -> Tensor:
     """Continue input_ids (B, T) and return (B, T + new), with new <= max_new_tokens.
 
-    `temperature=0` is greedy; see `next_token_probabilities` for the rest. A batch of unequal prompts is padded on the
-    left, with 0 at the padding in `attention_mask` (B, T). A row that produced `eos_token_id` is filled up with it, and
-    generation ends when every row has. At the context length it ends with a warning. `generator` draws the samples (the
-    default generator of torch if None). Dropout is off, whatever the model's mode. Raises ValueError for an empty or
-    too long prompt, ids outside the vocabulary, or sampling settings out of range.
+    `sampling` are the settings of `Sampling`: `temperature` (0 is greedy), `top_k` and `top_p`. A batch of unequal
+    prompts is padded on the left, with 0 at the padding in `attention_mask` (B, T). A row that produced `eos_token_id`
+    is filled up with it, and generation ends when every row has. At the context length it ends with a warning.
+    `generator` draws the samples (the default generator of torch if None). Dropout is off, whatever the model's mode,
+    which stays what it is. Raises ValueError for an empty or too long prompt, ids outside the vocabulary, sampling
+    settings out of range, or weights that give logits which are not finite.
     """
     tokens = stream(
         model,
         input_ids,
         max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         attention_mask=attention_mask,
         eos_token_id=eos_token_id,
         generator=generator,
+        **sampling,
     )
     return torch.cat([input_ids, *(token[:, None].to(input_ids.dtype) for token in tokens)], dim=1)
 
 
-def _check_sampling(
-    model: GPT2,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    mask: Tensor | None,
-) -> None:
-    limit = model.config.n_positions
-    if input_ids.dim() != 2 or input_ids.size(0) < 1:
-        raise ValueError(f"input_ids must be (B, T), got shape {tuple(input_ids.shape)}")
-    if input_ids.size(1) == 0:
-        raise ValueError("the prompt is empty; start from <|endoftext|> (id 50256) to generate from nothing")
-    if input_ids.size(1) > limit:
-        raise ValueError(f"the prompt has {input_ids.size(1)} tokens, the context length is {limit}")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-    for bound in torch.aminmax(input_ids):
-        if not 0 <= bound < model.config.vocab_size:
-            raise ValueError(f"token id {int(bound)} is outside the vocabulary [0, {model.config.vocab_size})")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if mask is not None:
-        if mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, got {tuple(mask.shape)}")
-        if not bool((mask[:, -1] != 0).all()):
-            raise ValueError("attention_mask ends in padding; pad a batch of prompts on the left")
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout is off inside; afterwards each module is in the mode that it was in.
+
+    The modes are set, and not by `eval()`, which some modules of others take as the sign to change their weights.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def nonfinite(model: nn.Module) -> str | None:
+    """Say which parameter is the first that holds a NaN or an infinity, if one does."""
+    for name, parameter in model.named_parameters():
+        if not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):
+            return f"{name} holds a NaN or an infinity"
+    return None

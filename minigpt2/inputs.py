@@ -31,7 +31,7 @@ def check_input(
     if past + T > config.n_positions:
         raise ValueError(f"{past + T} tokens exceed the context length n_positions={config.n_positions}")
     if cache is not None:
-        cache.check(B, T)
+        cache.check(config, B, T)
     if attention_mask is not None and attention_mask.shape != (B, past + T):
         raise ValueError(f"attention_mask must be {(B, past + T)}, got {tuple(attention_mask.shape)}")
     if readable(input_ids):

@@ -199,6 +199,12 @@ class GPT2(nn.Module):
 
         save_pretrained(self, folder)
 
+    def resize_vocabulary(self, n: int) -> None:
+        """Give the model a vocabulary of n token ids, before its optimizer is made; see weights.py."""
+        from minigpt2.weights import resize_vocabulary
+
+        resize_vocabulary(self, n)
+
     def generate(self, input_ids: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
         """Continue input_ids (B, T) by up to max_new_tokens: (B, T + new); `settings` are those of generate.py, such
         as temperature=0."""

@@ -7,6 +7,9 @@ mapping is private: training the model does not change the file.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
 import json
 import re
 import shutil
@@ -19,13 +22,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from minigpt2.config import GPT2Config
-from minigpt2.files import atomic_write, sha256_of
+from minigpt2.config import ConfigError, GPT2Config
+from minigpt2.files import atomic_write, flush, sha256_of
 from minigpt2.model import GPT2
 
-__all__ = ["OFFICIAL", "WeightsError", "download", "from_pretrained", "parameter_shapes", "save_pretrained"]
+__all__ = ["OFFICIAL", "WeightsError", "download", "from_pretrained", "resize_vocabulary", "save_pretrained"]
 
 
 class WeightsError(ValueError):
@@ -65,32 +68,18 @@ WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.
 # The published files hold the causal mask as a buffer in every block.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
+# What wrappers add to the names of what they wrap: torch.compile, FSDP and activation checkpointing anywhere in a name;
+# transformers, DDP and Lightning in front of it.
+_WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIX = re.compile(r"^(?:(?:module|model|transformer)\.)+")
+
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
-
-def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """The official name and shape of every parameter; projections are (in, out)."""
-    C, inner = config.n_embd, config.inner
-    norm: dict[str, tuple[int, ...]] = {"weight": (C,), "bias": (C,)}
-
-    def projection(n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
-        return {"weight": (n_in, n_out), "bias": (n_out,)}
-
-    block = {
-        "ln_1": norm,
-        "attn.c_attn": projection(C, 3 * C),
-        "attn.c_proj": projection(C, C),
-        "ln_2": norm,
-        "mlp.c_fc": projection(C, inner),
-        "mlp.c_proj": projection(inner, C),
-    }
-    modules: dict[str, dict[str, tuple[int, ...]]] = {
-        "wte": {"weight": (config.vocab_size, C)},
-        "wpe": {"weight": (config.n_positions, C)},
-    }
-    modules |= {f"h.{i}.{name}": shapes for i in range(config.n_layer) for name, shapes in block.items()}
-    modules["ln_f"] = norm
-    return {f"{module}.{name}": shape for module, shapes in modules.items() for name, shape in shapes.items()}
+_HOW_TO_SAVE = (
+    "Undo first what changed the model: peft's merge_and_unload() merges adapters; torch.nn.utils has prune.remove, "
+    "parametrize.remove_parametrizations and remove_weight_norm; model.resize_vocabulary(n) makes the configuration "
+    "fit an embedding of n rows, and model.config = model.config.replace(...) other sizes"
+)
 
 
 def from_pretrained(
@@ -99,24 +88,35 @@ def from_pretrained(
     checkpoint_every: int = 0,
     recompute: str = "block",
     attention: str = "auto",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     **config_overrides: Any,
 ) -> GPT2:
-    """Load a model, in evaluation mode, with its parameters converted to `dtype` (a floating-point dtype).
+    """Load a model, on the CPU and in evaluation mode, with its parameters converted to `dtype`: float16, bfloat16,
+    float32 or float64, as a torch.dtype or by name.
 
     `name_or_path` is an official name (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`), looked for in `weights/NAME`
     and else fetched into the shared cache of huggingface_hub, or a folder that holds config.json and model.safetensors,
-    whole or in shards with an index. `config_overrides` replace fields of config.json, such as `attn_pdrop=0.0`.
+    whole or in shards with an index. Names may have the prefixes of transformers, DDP, FSDP, torch.compile and
+    Lightning. `config_overrides` replace fields of config.json, such as `attn_pdrop=0.0`.
 
     Raises WeightsError or ConfigError (ValueErrors) with everything that does not fit.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
+    wanted = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if wanted not in _DTYPES.values():
+        raise ValueError(
+            f"dtype must be a floating-point dtype, got {dtype!r}; there are float16, bfloat16, float32 and float64"
+        )
+    fields = [field.name for field in dataclasses.fields(GPT2Config)]
+    for name in config_overrides.keys() - set(fields):
+        close = difflib.get_close_matches(name, ["dtype", "checkpoint_every", "recompute", "attention", *fields], 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{name} is neither an argument of from_pretrained nor a field of GPT2Config{hint}")
     folder = find_folder(name_or_path)
     config = GPT2Config.from_file(folder / CONFIG_FILE, **config_overrides)
     with torch.device("meta"):  # shapes only: the file brings the memory
         model = GPT2(config, checkpoint_every=checkpoint_every, recompute=recompute, attention=attention)
-    tensors = {name: tensor.to(dtype) for name, tensor in read_tensors(folder, config)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.to(wanted) for name, tensor in read_tensors(folder, shapes)}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_().eval()
 
@@ -124,20 +124,87 @@ def from_pretrained(
 def save_pretrained(model: GPT2, folder: str | Path) -> None:
     """Write `folder`/model.safetensors and config.json, in the model's dtype; transformers loads them as they are.
 
-    Each file is written beside its final name and renamed: an interrupted save leaves the old one whole.
+    What is written can be loaded again. Raises WeightsError, before anything is written, for a model that has other
+    parameters, buffers or modules than its configuration says, or tensors that are no plain floating-point ones. Each
+    file is written beside its final name and renamed: an interrupted save leaves the old one whole.
     """
+    tensors = _tensors_to_save(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"transformer.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    config = model.config.to_dict() | {"dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     with atomic_write(folder / CONFIG_FILE) as config_file, atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(tensors, file, metadata={"format": "pt"})
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for path in (file, config_file):  # before either gets its name: the two belong together
+            flush(path)
 
 
-def read_tensors(folder: Path, config: GPT2Config) -> Iterator[tuple[str, Tensor]]:
-    """Yield (official name, tensor) for every parameter of `config`, once all of them are known to be there, with the
-    right shapes and floating-point dtypes. The tensors are views of the mapped files."""
+@torch.no_grad()
+def resize_vocabulary(model: GPT2, n: int) -> None:
+    """Give the model, in place, a vocabulary of n token ids: new ones after the old, or the last ones dropped.
+
+    The embedding of a new token is the mean of the old ones, which makes it about as likely as they are on average
+    (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). The head stays tied, since it is
+    the same parameter, and `model.config` is replaced. An embedding that has n rows already is kept as it is. Make the
+    optimizer afterwards: one that was made before holds the old parameter. Raises ConfigError for an impossible n.
+    """
+    config = model.config.replace(vocab_size=n)
+    old = model.wte.weight
+    if type(old) is not nn.Parameter:
+        raise WeightsError(f"wte.weight is a {type(old).__name__}; resize the vocabulary while it is a plain parameter")
+    if len(old) != n:
+        more = old.mean(0, keepdim=True).expand(max(0, n - len(old)), -1)
+        model.wte.weight = nn.Parameter(torch.cat([old[:n], more]), requires_grad=old.requires_grad)
+    model.wte.num_embeddings = n
+    model.config = config
+
+
+def _tensors_to_save(model: GPT2) -> dict[str, Tensor]:
+    """The parameters under the names that transformers gives them. Raises WeightsError unless they, and the modules
+    that hold them, are those of a fresh GPT2 of the model's configuration."""
+    with torch.device("meta"):
+        fresh = GPT2(model.config)
+    problems = []
+    found: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        name = _WRAPPED.sub("", key)
+        if name in found:
+            problems.append(f"{name} is there twice")
+        found[name] = tensor
+    shapes = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
+    problems += _misnamed(shapes, {name: name for name in found})
+    for name, tensor in found.items():
+        if name not in shapes:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter):
+            problems.append(
+                f"{name} is a {type(tensor).__name__}, not a plain tensor (a sharded one is gathered first)"
+            )
+        elif tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in _DTYPES.values():
+            problems.append(f"{name} is a {tensor.layout} {tensor.dtype} tensor on {tensor.device}, not one of floats")
+        elif tuple(tensor.shape) != shapes[name]:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the config asks for {shapes[name]}")
+    # Shapes are not all: the weight of an nn.Linear may be square, and is transposed.
+    modules = {_WRAPPED.sub("", f"{name}.")[:-1]: m for name, m in model.named_modules(remove_duplicate=False)}
+    for name, module in fresh.named_modules():
+        if name in modules and not isinstance(modules[name], type(module)):
+            problems.append(f"{name} is a {type(modules[name]).__name__}, not a {type(module).__name__}")
+    if problems:
+        raise WeightsError(f"not saved, as it could not be loaded again: {_listed(problems)}. {_HOW_TO_SAVE}")
+    tensors, storages = {}, set()
+    for name in shapes:
+        tensor = found[name].detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # Parameters that share memory, as tied ones do, are saved as many.
+        tensors[f"transformer.{name}"] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return tensors
+
+
+def read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for every official name in `shapes`, once all of them are known to be there, with the right
+    shapes and floating-point dtypes. The tensors are views of the mapped files."""
     with ExitStack() as opened:
         found: dict[str, tuple[Any, str]] = {}  # official name -> (open file, name in the file)
         problems: list[str] = []
@@ -147,31 +214,29 @@ def read_tensors(folder: Path, config: GPT2Config) -> Iterator[tuple[str, Tensor
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                name = key.removeprefix("transformer.")
+                name = _PREFIX.sub("", _WRAPPED.sub("", key))
                 if _MASK_BUFFER.fullmatch(name):
                     continue
                 if name in found:
                     problems.append(f"{name} is there twice, as {found[name][1]!r} and {key!r}")
                 found[name] = (file, key)
 
-        shapes = parameter_shapes(config)
-        if "lm_head.weight" in found:
-            file, key = found["lm_head.weight"]
-            tied = found.setdefault("wte.weight", (file, key))
-            del found["lm_head.weight"]
-            if tied != (file, key) and not _equal(file, key, *tied):
-                problems.append("lm_head.weight differs from wte.weight: an untied head is not implemented")
-        for name, shape in shapes.items():
-            if name not in found:
-                problems.append(f"{name} {shape} is missing")
-                continue
-            file, key = found[name]
+        # The head is tied to the embedding: either of the two stands for both.
+        head = found.pop("lm_head.weight", None)
+        tied = found.setdefault("wte.weight", head) if head else None
+        problems += _misnamed(shapes, {name: key for name, (_, key) in found.items()})
+        there = [(name, shape, *found[name]) for name, shape in shapes.items() if name in found]
+        there += [("lm_head.weight", shapes["wte.weight"], *head)] if head else []
+        for name, shape, file, key in there:
             piece = file.get_slice(key)
             if tuple(piece.get_shape()) != shape:
                 problems.append(f"{name} has shape {tuple(piece.get_shape())}, the config asks for {shape}")
+                if name == "wte.weight":
+                    problems[-1] += "; vocab_size and n_embd must say what it is (resize_vocabulary changes it later)"
             if piece.get_dtype() not in _DTYPES:
                 problems.append(f"{name} has dtype {piece.get_dtype()}, expected one of {', '.join(_DTYPES)}")
-        problems += [f"{found[name][1]} is unexpected" for name in sorted(set(found) - set(shapes))]
+        if not problems and head and tied and head != tied and not _equal(*head, *tied):
+            problems.append("lm_head.weight differs from wte.weight: an untied head is not implemented")
         if problems:
             raise WeightsError(f"{folder}: {_listed(problems)}")
         for name in shapes:
@@ -181,20 +246,21 @@ def read_tensors(folder: Path, config: GPT2Config) -> Iterator[tuple[str, Tensor
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: model.safetensors, or the shards that the index names."""
-    whole, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        present = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+    present = {path.name for path in folder.iterdir()}
+    if WEIGHTS_FILE in present:
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if INDEX_FILE not in present:
         raise WeightsError(
-            f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} (pickle files are not read); it holds {present}"
+            f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} (pickle files are not read); it holds "
+            + (", ".join(sorted(present)) or "nothing")
         )
     try:
         shards = sorted(map(Path, set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise WeightsError(f"{index}: not an index of safetensors shards: {error!r}") from None
     problems = [f"{str(path)!r} is not a file name" for path in shards if path.name in ("", "..") or path.parent.parts]
-    problems += [f"shard {path} is missing" for path in shards if not (folder / path).is_file()]
+    problems += [f"shard {path} is missing" for path in shards if str(path) not in present]
     if problems:
         raise WeightsError(f"{index}: {_listed(problems)}")
     return [folder / path for path in shards]
@@ -275,11 +341,25 @@ def verify(path: Path, official: OfficialFile) -> None:
 
 
 def _equal(file: Any, key: str, other_file: Any, other_key: str) -> bool:
-    """Whether two tensors of opened files have the same dtype, shape and values."""
-    a, b = file.get_slice(key), other_file.get_slice(other_key)
-    if (a.get_dtype(), a.get_shape()) != (b.get_dtype(), b.get_shape()):
-        return False
-    return torch.equal(file.get_tensor(key), other_file.get_tensor(other_key))
+    """Whether two matrices of opened files have the same dtype and bits."""
+    a, b = file.get_tensor(key), other_file.get_tensor(other_key)
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _misnamed(shapes: dict[str, tuple[int, ...]], keys: dict[str, str]) -> list[str]:
+    """What is missing from `keys` (official name -> name as it was found), and what is there beyond `shapes`. Beside
+    the first that is missing stands the name most like it, since a prefix is often all that is wrong."""
+    missing = [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in keys]
+    unexpected = [_shown(keys[name]) for name in sorted(keys.keys() - shapes.keys())]
+    if missing and unexpected:
+        name = missing[0].split(" ")[0]
+        missing[0] += f" (there is {difflib.get_close_matches(name, unexpected, 1, 0)[0]})"
+    return missing + [f"{name} is unexpected" for name in unexpected]
+
+
+def _shown(name: str, most: int = 200) -> str:
+    """A name from a file as it can be printed: in one line, of some length."""
+    return repr(name[:most])[1:-1]
 
 
 def _listed(problems: list[str], most: int = 12) -> str:

@@ -114,7 +114,7 @@ GENERATE = {"--model": "HF_TINY", "--prompt": PROMPT}
         ({"--model": os.curdir}, "config.json: no such file"),
         ({"--prompt": ""}, "the prompt is empty"),
         ({"--prompt": "Hello"}, "15496 is outside the vocabulary"),
-        ({"--prompt": "a" + " b" * 64}, "65 tokens, the context length is 64"),
+        ({"--prompt": "a" + " b" * 64}, "65 tokens exceed the context length n_positions=64"),
         ({"--temperature": "-1"}, "temperature must be"),
         ({"--temperature": "nan"}, "temperature must be"),
         ({"--top-k": "0"}, "top_k must be >= 1, got 0"),

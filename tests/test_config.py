@@ -107,6 +107,8 @@ def test_all_problems_are_reported_at_once():
         *[(field, bad) for field in ("resid_pdrop", "embd_pdrop", "attn_pdrop") for bad in (-0.1, 1.0, "0.1")],
         *[(field, bad) for field in ("layer_norm_epsilon", "initializer_range") for bad in (0, float("nan"), "1e-5")],
         ("layer_norm_epsilon", float("inf")),
+        *[(field, 10**19) for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")],
+        ("n_layer", 10**9),
     ],
 )
 def test_a_field_out_of_range_is_refused_by_name(field, value):
@@ -166,6 +168,7 @@ def test_overrides_replace_fields_of_the_file(tmp_path):
         (b"{", "JSON"),
         (b"\xff\xfe\x00", "JSON"),
         (b"[1]", "JSON object, found list"),
+        (b"[" * 100_000, "JSON"),
         (b'{"n_layer": 0}', "n_layer"),
         (b'{"add_cross_attention": true}', "add_cross_attention"),
     ],

@@ -1,12 +1,17 @@
 """Generation: the cache changes no logits, padding changes no row, and sampling draws from the stated distribution."""
 
+import dataclasses
+import itertools
 import warnings
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
+from torch.func import functional_call
 
 from minigpt2 import GPT2, GPT2Config, KVCache
-from minigpt2.generate import next_token_probabilities, stream
+from minigpt2.generate import Sampling, next_token_probabilities, stream
 
 BACKENDS = ("eager", "sdpa")
 
@@ -192,6 +197,9 @@ def test_generation_ends_when_every_row_has(model, prompt):
         ({"temperature": float("inf")}, "temperature"),
         ({"top_k": 0}, "top_k must be >= 1, got 0"),
         ({"top_k": -1}, "top_k"),
+        ({"top_k": 2.5}, "top_k must be >= 1, got 2.5"),
+        ({"top_p": "0.9"}, r"top_p must be in \(0, 1\], got '0.9'"),
+        ({"temperature": -1, "top_k": 0, "top_p": 2}, "temperature .*; top_k .*; top_p "),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
@@ -202,7 +210,7 @@ def test_generation_ends_when_every_row_has(model, prompt):
         ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"\(B, T\)"),
         ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, r"\(B, T\)"),
         ({"input_ids": torch.zeros(1, 3)}, "int64"),
-        ({"input_ids": torch.zeros(1, 65, dtype=torch.long)}, "65 tokens, the context length is 64"),
+        ({"input_ids": torch.zeros(1, 65, dtype=torch.long)}, "65 tokens exceed the context length n_positions=64"),
         ({"input_ids": torch.tensor([[1, 503]])}, r"503 is outside the vocabulary \[0, 503\)"),
         ({"input_ids": torch.tensor([[-1, 5]])}, "-1 is outside the vocabulary"),
     ],
@@ -213,6 +221,15 @@ def test_a_mistake_is_a_clear_error_before_the_first_token(tiny_model, arguments
         tiny_model.generate(**arguments)
     with pytest.raises(ValueError, match=message):
         stream(tiny_model, **arguments)
+
+
+def test_settings_are_one_frozen_value_that_generate_passes_on(tiny_model, prompt):
+    assert Sampling() == Sampling(temperature=1.0, top_k=None, top_p=None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Sampling().top_k = 3
+    assert Sampling(np.float32(0.5), top_k=np.int64(3), top_p=1).top_k == 3
+    with pytest.raises(TypeError, match="temprature"):
+        tiny_model.generate(prompt, 1, temprature=0)
 
 
 def test_the_context_limit_ends_a_generation_with_a_warning(tiny_model, prompt):
@@ -238,16 +255,84 @@ def test_dropout_is_off_and_the_mode_is_restored(tiny_model, prompt):
     assert all(module.training for module in tiny_model.modules())
 
 
-def test_the_mode_is_restored_when_a_stream_is_given_up_or_fails(tiny_model, prompt):
-    tokens = stream(tiny_model.train(), prompt, 20)
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+@pytest.fixture
+def half_training(hf_tiny):
+    """A model in training, with dropout, of which one block is not."""
+    model = GPT2.from_pretrained(hf_tiny, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    model.h[1].eval()
+    return model
+
+
+def test_streams_leave_every_module_in_its_mode_whenever_they_are_left(half_training, tiny_model, prompt):
+    before = modes(half_training)
+    first, second = (stream(half_training, prompt, 8, temperature=0) for _ in range(2))
+    drawn = [[next(first)], []]
+    assert modes(half_training) == before
+    drawn[1].append(next(second))
+    half_training.eval()
+    drawn[0].append(next(first))
+    assert not any(modes(half_training))
+    half_training.train()
+    drawn[0] += list(first)  # the first ends while the second is under way
+    assert all(modes(half_training))
+    drawn[1].append(next(second))
+    second.close()
+    assert all(modes(half_training))
+    expected = tiny_model.generate(prompt, 8, temperature=0)[:, 10:]
+    assert torch.equal(torch.stack(drawn[0], 1), expected)
+    assert torch.equal(torch.stack(drawn[1], 1), expected[:, :2])
+
+
+def test_the_modes_are_restored_when_a_step_fails(half_training, prompt):
+    def fail(module, inputs):
+        raise KeyError("hook")
+
+    before = modes(half_training)
+    tokens = stream(half_training, prompt, 8)
     next(tokens)
-    tokens.close()
-    assert tiny_model.training
-    tokens = stream(tiny_model, prompt, 20)
-    next(tokens)
+    half_training.ln_f.register_forward_pre_hook(fail)
     with pytest.raises(KeyError):
-        tokens.throw(KeyError)
-    assert tiny_model.training
+        next(tokens)
+    assert modes(half_training) == before
+
+
+def test_a_module_that_changes_its_weights_with_its_mode_is_not_asked_to(half_training, prompt):
+    """As loralib's layers do, which merge their adapters in evaluation mode."""
+    calls = []
+    half_training.h[0].train = calls.append
+    half_training.generate(prompt, 2)
+    assert not calls
+
+
+def test_tokens_of_a_stream_enter_a_loss(half_training, prompt):
+    for token in stream(half_training, prompt, 2, generator=torch.Generator().manual_seed(0)):
+        half_training.loss(prompt[:, :1], token[:, None]).backward()
+        (half_training.wte(token) * token[:, None]).sum().backward()  # which keeps the token for the backward pass
+        assert half_training.wte.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["wte.weight", "wpe.weight", "h.1.mlp.c_fc.weight", "h.2.attn.c_attn.bias", "ln_f.bias"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_weights_that_are_not_finite_are_named(tiny_model, prompt, name, value, temperature):
+    with torch.no_grad():
+        tiny_model.get_parameter(name).view(-1)[5] = value
+    with pytest.raises(ValueError, match=f"the logits are not finite: {name} holds a NaN or an infinity"):
+        tiny_model.generate(prompt, 5, temperature=temperature)
+
+
+def test_logits_that_overflow_say_so(tiny_model, prompt):
+    with torch.no_grad():
+        tiny_model.ln_f.weight.fill_(1e37)
+        tiny_model.wte.weight.mul_(1e5)
+    with pytest.raises(ValueError, match=r"the logits are not finite: they overflow torch\.float32"):
+        tiny_model.generate(prompt, 5)
 
 
 def test_a_stream_yields_the_tokens_of_generate_one_at_a_time(tiny_model, prompt):
@@ -282,6 +367,133 @@ def test_the_cache_is_allocated_once_at_the_stated_size(tiny_model, prompt):
             tiny_model(prompt[:, i : i + 1], cache=cache)
     assert [layer.k.data_ptr() for layer in cache.layers] == places
     assert KVCache(tiny_model, 1).max_length == 64
+
+
+LOW = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+
+
+def close_to(logits, reference, dtypes):
+    """Whether logits are as near to those in float64 as a few roundings to the coarsest dtype leave them."""
+    error = (logits.double() - reference).norm() / reference.norm()
+    return error < 4 * max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+@LOW
+@pytest.mark.parametrize("pieces", [[10], [3, 1, 6], [9, 1]], ids=str)
+@torch.no_grad()
+def test_a_cache_under_autocast_gives_the_logits_of_autocast_without_one(model, prompt, pieces, low):
+    with torch.autocast("cpu", low):
+        cache = KVCache(model, 2)
+        logits = torch.cat([model(piece, cache=cache) for piece in prompt.split(pieces, dim=1)], dim=1)
+        assert close_to(logits, model(prompt).double(), [low])
+    assert {layer.k.dtype for layer in cache.layers} == {low}
+    assert close_to(logits, model.double()(prompt), [low])
+
+
+@LOW
+@pytest.mark.parametrize("steps", list(itertools.product([False, True], repeat=3)), ids=str)
+@torch.no_grad()
+def test_autocast_may_begin_and_end_between_the_calls_on_one_cache(model, prompt, steps, low):
+    cache, logits = KVCache(model, 2), []
+    for autocast, piece in zip(steps, prompt.split([4, 1, 5], dim=1), strict=True):
+        with torch.autocast("cpu", low) if autocast else nullcontext():
+            logits.append(model(piece, cache=cache))
+    reference = model.double()(prompt)
+    dtypes = [low if autocast else torch.float32 for autocast in steps]
+    for i, (ours, theirs) in enumerate(zip(logits, reference.split([4, 1, 5], dim=1), strict=True)):
+        assert close_to(ours, theirs, dtypes[: i + 1])  # what was stored before autocast began lost nothing
+
+
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("then", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@torch.no_grad()
+def test_a_cache_serves_a_model_whose_dtype_changes(model, prompt, made, first, then):
+    reference = model.double()(prompt)
+    cache = KVCache(model.to(made), 2)
+    head = model.to(first)(prompt[:, :6], cache=cache)
+    tail = model.to(then)(prompt[:, 6:], cache=cache)
+    assert (head.dtype, tail.dtype) == (first, then)
+    assert close_to(head, reference[:, :6], [made, first])
+    assert close_to(tail, reference[:, 6:], [made, first, then])
+
+
+@torch.no_grad()
+def test_a_cache_follows_its_model_to_another_device(model, prompt):
+    with torch.device("meta"):
+        elsewhere = GPT2(model.config)
+    cache = KVCache(elsewhere, 2)
+    torch.testing.assert_close(model(prompt, cache=cache), model(prompt))
+    assert {layer.k.device for layer in cache.layers} == {torch.device("cpu")}
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_generation_under_autocast(model, low, rows):
+    """Long enough for the kernel that serves one query, which wants 128 keys."""
+    long = GPT2(model.config.replace(n_positions=200), attention="auto")
+    ids = torch.arange(8 * rows).view(rows, 8)
+    with torch.autocast("cpu", low):
+        assert long.generate(ids, 150, temperature=0).shape == (rows, 158)
+    assert long.to(low).generate(ids, 150, temperature=0).shape == (rows, 158)
+
+
+def test_gradients_flow_through_the_tokens_of_one_call(tiny_model, prompt):
+    """The gradient of a call on a filled cache is the slope of its loss where what the cache held is a constant."""
+    model, name = tiny_model.double(), "h.1.attn.c_attn.weight"
+    weight = model.get_parameter(name)
+
+    def loss(moved):
+        cache = KVCache(model, 2)
+        with torch.no_grad():
+            model(prompt[:, :6], cache=cache)
+        return functional_call(model, {name: moved}, (prompt[:, 6:],), {"cache": cache}).square().mean()
+
+    (gradient,) = torch.autograd.grad(loss(weight), weight)
+    direction = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        slope = (loss(weight + 1e-6 * direction) - loss(weight - 1e-6 * direction)) / 2e-6
+    assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_a_cache_that_a_failed_call_left_half_filled_is_refused(tiny_model, prompt):
+    def fail(module, inputs):
+        raise KeyError("hook")
+
+    cache = KVCache(tiny_model, 2)
+    hook = tiny_model.h[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        tiny_model(prompt, cache=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="make a new cache"):
+        tiny_model(prompt, cache=cache)
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 2}, {"n_layer": 4}, {"n_head": 1}, {"n_embd": 32}], ids=str)
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(tiny_model, prompt, change):
+    cache = KVCache(GPT2(tiny_model.config.replace(**change)), 2)
+    with pytest.raises(ValueError, match=r"was made for \(n_layer, n_head, head_dim\) = .*, not \(3, 4, 16\)"):
+        tiny_model(prompt, cache=cache)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_torch_leave_cache_and_sampling_alone(tiny_model, default, device):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    settings = Sampling(temperature=0.7, top_k=20, top_p=0.9)
+    expected = settings.probabilities(logits)
+    try:
+        torch.set_default_dtype(default)
+        torch.set_default_device(device)
+        cache = KVCache(tiny_model, 2)
+        probabilities = settings.probabilities(logits)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert {(layer.k.dtype, layer.k.device.type) for layer in cache.layers} == {(torch.float32, "cpu")}
+    assert torch.equal(probabilities, expected)
 
 
 @pytest.mark.parametrize(

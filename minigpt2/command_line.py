@@ -1,0 +1,47 @@
+"""Command lines: what is wrong with one, in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["deferred", "parsed"]
+
+T = TypeVar("T")
+
+
+def parsed(parse: Callable[[], T]) -> T:
+    """The result of `parse`, a call of tyro. Raises ValueError, in one line, where tyro would print a box and exit with
+    status 2: for a command line that it cannot read."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            result = parse()
+    except SystemExit as end:
+        if end.code != 2:
+            raise
+        raise ValueError(_one_line(said.getvalue())) from None
+    sys.stderr.write(said.getvalue())
+    return result
+
+
+def deferred(function: Callable[..., T]) -> Callable[..., Callable[[], T]]:
+    """The function for tyro to parse and not yet to run: with its signature and docstring, it returns the call."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Callable[[], T]:
+        return functools.partial(function, *args, **kwargs)
+
+    return call
+
+
+def _one_line(box: str) -> str:
+    """The sections of tyro's box, between rules, without the help on an argument that it repeats."""
+    rows = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = " ".join("\0" if row and not row.strip("─") else row for row in rows).split("\0")
+    texts = [" ".join(section.split()).rstrip(".") for section in sections]
+    return "; ".join(text for text in texts if not text.startswith("Argument helptext"))
