@@ -32,6 +32,7 @@ from tqdm import tqdm
 from minigpt2 import memory, tune_allocator
 from minigpt2.config import GPT2Config
 from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
+from minigpt2.extras import import_extra
 from minigpt2.files import removed_on_error, written_whole
 from minigpt2.model import GPT2
 from minigpt2.ops.attention import resolve_backend
@@ -133,6 +134,8 @@ class TrainConfig:
             problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it alone")
         if problems:
             raise ValueError("; ".join(problems))
+        if self.tensorboard:
+            import_extra("tensorboard", "torch.utils.tensorboard", "--tensorboard")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -356,7 +359,7 @@ def finish(trainer: Trainer, out: Path) -> None:
     first = "those it began with: no validation was better than the first"
     best = f"in {out}/best" if (out / "best").exists() else first
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
-    print(f"the loss curve is {plot_losses(out)}")
+    print(plot_losses(out))
     if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
         start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
         generator = torch.Generator(start.device).manual_seed(trainer.config.seed)

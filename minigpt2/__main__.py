@@ -169,7 +169,10 @@ def plan(
 
     from minigpt2 import memory
     from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+    from minigpt2.extras import import_extra
 
+    if plot is not None:
+        import_extra("plots", "matplotlib.figure", "--plot")
     config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
     limit = None if budget is None else memory.parse_bytes(budget)
     baseline = memory.resident_bytes() if device == "cpu" else 0
