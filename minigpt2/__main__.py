@@ -6,18 +6,20 @@ What a verb needs is imported when it is called, so that the others start fast.
 from __future__ import annotations
 
 import codecs
-import io
 import os
 import platform
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal
 
 import tyro
 
 from minigpt2 import __version__
+from minigpt2.console import replace_unprintable
 
 __all__ = ["main"]
 
@@ -202,6 +204,18 @@ def bench() -> None:
     tyro.extras.subcommand_cli_from_dict(benchmarks, prog="minigpt2 bench", args=sys.argv[2:])
 
 
+def train() -> int:
+    """Train a model, or fine-tune one. This is train.py."""
+    here = Path(__file__).parent
+    # A wheel has train.py in the package; in a checkout it lies beside it, for people to read.
+    path = next(path for path in (here / "_train.py", here.parent / "train.py") if path.exists())
+    loader = SourceFileLoader("minigpt2._train", str(path))
+    module = sys.modules[loader.name] = ModuleType(loader.name)
+    loader.exec_module(module)
+    sys.argv = ["minigpt2 train", *sys.argv[2:]]
+    return int(module.main())
+
+
 def info() -> None:
     """Print versions, device, and which attention backend is used and why."""
     from importlib.metadata import version
@@ -222,10 +236,11 @@ def info() -> None:
 
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake."""
-    verbs: dict[str, Callable[..., None]] = {"generate": generate, "eval": evaluate, "prepare": prepare}
-    verbs |= {"plan": plan, "bench": bench, "download": download, "info": info}
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
+    verbs: dict[str, Callable[..., object]] = {"train": train, "generate": generate, "eval": evaluate}
+    verbs |= {"prepare": prepare, "plan": plan, "bench": bench, "download": download, "info": info}
+    replace_unprintable()
+    if sys.argv[1:2] == ["train"]:  # it has an exit status of its own
+        return train()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"minigpt2: {message}", file=sys.stderr)
