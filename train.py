@@ -1,7 +1,7 @@
 """Train a GPT-2, or fine-tune one.
 
-`python train.py` trains a small model for about two minutes on 2 cores, on the sources of Python's standard library;
-`python train.py --help` lists the settings.
+`python train.py` (`minigpt2 train` where minigpt2 is installed) trains a small model for about two minutes on 2 cores,
+on the sources of Python's standard library; with `--help` it lists the settings.
 
 A run folder holds the settings (train_config.json), the metrics of every step (metrics.jsonl, loss.png), snapshots of
 everything that decides the future of the run (snapshots/), the weights of the best validation (best/) and, at the end,
@@ -30,10 +30,11 @@ from torch import nn
 from tqdm import tqdm
 
 from minigpt2 import memory, tune_allocator
-from minigpt2.command_line import parsed
+from minigpt2.command_line import parsed, replace_unprintable
 from minigpt2.config import GPT2Config
 from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
 from minigpt2.device import resident_bytes
+from minigpt2.extras import import_extra
 from minigpt2.files import atomic_write, removed_on_error
 from minigpt2.model import GPT2
 from minigpt2.ops.attention import resolve_backend
@@ -135,6 +136,8 @@ class TrainConfig:
             problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it alone")
         if problems:
             raise ValueError("; ".join(problems))
+        if self.tensorboard:
+            import_extra("tensorboard", "torch.utils.tensorboard", "--tensorboard")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -314,7 +317,9 @@ def read_settings() -> TrainConfig:
 def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
     """The trainer, where it starts or where its newest snapshot left it, and its run folder."""
     if config.parallel and not processes.torchrun:
-        raise ValueError(f"--parallel {config.parallel} is for torchrun: torchrun --nproc-per-node N train.py ...")
+        raise ValueError(
+            f"--parallel {config.parallel} is for torchrun: torchrun --nproc-per-node N -m minigpt2 train ..."
+        )
     config = dataclasses.replace(config, parallel=config.parallel or ("ddp" if processes.torchrun else None))
     out = config.out or Path(processes.gather(time.strftime("runs/%Y%m%d-%H%M%S"))[0])
     if not config.resume and ((out / SETTINGS).exists() or (out / "metrics.jsonl").exists()):
@@ -360,7 +365,7 @@ def finish(trainer: Trainer, out: Path) -> None:
     first = "those it began with: no validation was better than the first"
     best = f"in {out}/best" if (out / "best").exists() else first
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
-    print(f"the loss curve is {plot_losses(out)}")
+    print(plot_losses(out))
     if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
         start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
         generator = torch.Generator(start.device).manual_seed(trainer.config.seed)
@@ -369,12 +374,17 @@ def finish(trainer: Trainer, out: Path) -> None:
         print("a sample of its text:\n" + get_tokenizer().decode(ids[0, 1:].tolist()))
 
 
+def complain(error: Exception) -> None:
+    """One line on standard error, under the name by which the user called this."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+
+
 def run(config: TrainConfig, processes: Processes) -> int:
     """One run, or the rest of one; returns the exit status."""
     try:
         trainer, out = set_up(config, processes)
     except (ValueError, OSError, RuntimeError) as error:  # everything the user can mend
-        print(f"train.py: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -384,18 +394,19 @@ def run(config: TrainConfig, processes: Processes) -> int:
             finish(trainer, out)
         return status
     except (NonFiniteError, snapshot.SnapshotError, OSError) as error:  # any other is a bug and shows its trace
-        print(f"train.py: {error}", file=sys.stderr)
+        complain(error)
         return 1
 
 
 def main() -> int:
+    replace_unprintable()
     with ExitStack() as stack:
         try:
             config = read_settings()
             config.check()
             processes = stack.enter_context(started(config.device))
         except (ValueError, OSError) as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            complain(error)
             return 2
         return processes.ended(run(config, processes))
 

@@ -6,19 +6,20 @@ What a verb needs is imported when it is called, so that the others start fast.
 from __future__ import annotations
 
 import codecs
-import io
 import os
 import platform
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from minigpt2 import __version__
-from minigpt2.command_line import deferred, parsed
+from minigpt2.command_line import deferred, parsed, replace_unprintable
 
 if TYPE_CHECKING:
     import torch
@@ -187,7 +188,10 @@ def plan(
     from minigpt2 import memory
     from minigpt2.config import OFFICIAL_SIZES, GPT2Config
     from minigpt2.device import resident_bytes
+    from minigpt2.extras import import_extra
 
+    if plot is not None:
+        import_extra("plots", "matplotlib.figure", "--plot")
     config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
     limit = None if budget is None else memory.parse_bytes(budget)
     baseline = resident_bytes() if device == "cpu" else 0
@@ -217,6 +221,18 @@ def bench() -> None:
     _run(benchmarks, "minigpt2 bench", sys.argv[2:])
 
 
+def train() -> int:
+    """Train a model, or fine-tune one. This is train.py."""
+    here = Path(__file__).parent
+    # A wheel has train.py in the package; in a checkout it lies beside it, for people to read.
+    path = next(path for path in (here / "_train.py", here.parent / "train.py") if path.exists())
+    loader = SourceFileLoader("minigpt2._train", str(path))
+    module = sys.modules[loader.name] = ModuleType(loader.name)
+    loader.exec_module(module)
+    sys.argv = ["minigpt2 train", *sys.argv[2:]]
+    return int(module.main())
+
+
 def info() -> None:
     """Print versions, device, and which attention backend is used and why."""
     from importlib.metadata import version
@@ -243,10 +259,11 @@ def _run(verbs: dict[str, Callable[..., Any]], prog: str, arguments: list[str], 
 
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake."""
-    verbs: dict[str, Callable[..., None]] = {"generate": generate, "eval": evaluate, "prepare": prepare}
-    verbs |= {"plan": plan, "bench": bench, "download": download, "info": info}
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
+    verbs: dict[str, Callable[..., object]] = {"train": train, "generate": generate, "eval": evaluate}
+    verbs |= {"prepare": prepare, "plan": plan, "bench": bench, "download": download, "info": info}
+    replace_unprintable()
+    if sys.argv[1:2] == ["train"]:  # it has an exit status of its own
+        return train()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"minigpt2: {message}", file=sys.stderr)

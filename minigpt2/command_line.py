@@ -1,4 +1,4 @@
-"""Command lines: what is wrong with one, in one line."""
+"""Command lines: what is wrong with one, in one line; and printing, wherever it goes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["deferred", "parsed"]
+__all__ = ["deferred", "parsed", "replace_unprintable"]
 
 T = TypeVar("T")
 
@@ -45,3 +45,9 @@ def _one_line(box: str) -> str:
     sections = " ".join("\0" if row and not row.strip("─") else row for row in rows).split("\0")
     texts = [" ".join(section.split()).rstrip(".") for section in sections]
     return "; ".join(text for text in texts if not text.startswith("Argument helptext"))
+
+
+def replace_unprintable() -> None:
+    """Have standard output show ? for each character that its encoding lacks, where it would raise an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from minigpt2.config import GPT2Config
+from minigpt2.extras import import_extra
 from minigpt2.loss import chunk_shape
 from minigpt2.ops.products import BLOCK, onednn_serves
 from minigpt2.recompute import RECOMPUTE, check_checkpoint_every, check_recompute, segments
@@ -258,12 +259,10 @@ def table(found: list[Footprint], budget: int | None = None, baseline: int = 0) 
 
 
 def plot(found: list[Footprint], path: str | Path, budget: int | None = None, baseline: int = 0) -> None:
-    """Draw extra work over peak memory, a line for each way to recompute, to a file that matplotlib can write."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    """Draw extra work over peak memory, a line for each way to recompute, to a file that matplotlib can write;
+    MissingExtra without matplotlib."""
+    drawing = import_extra("plots", "matplotlib.figure", "no picture of the frontier")
+    figure = drawing.Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for recompute in RECOMPUTE:
         line = sorted((f for f in found if f.recompute == recompute), key=lambda f: f.peak)

@@ -14,6 +14,7 @@ import tyro
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
+from minigpt2.extras import import_extra
 from minigpt2.memory import footprint
 
 __all__ = ["bench_memory"]
@@ -92,6 +93,8 @@ def bench_memory(
     """
     if model not in OFFICIAL_SIZES:
         raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")
+    if out is not None:
+        import_extra("plots", "matplotlib.figure", "--out")  # before hours of measuring
     shape: dict[str, int] = config or dict(OFFICIAL_SIZES[model])
     chosen = settings(GPT2Config().replace(**shape).n_layer, every, recompute, compare)
     print(header("memory"))
@@ -140,17 +143,14 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(f"{out.with_suffix('.png')} needs matplotlib: pip install 'minigpt2[plot]'") from None
     ours = [row for row in rows if row["library"] == "minigpt2"]
     theirs = rows[len(ours) :]
 
     def point(row: dict[str, float | str]) -> tuple[float, float]:
         return float(row["peak_gib"]), float(row["time_low"]) / float(ours[0]["time_low"])
 
-    figure = Figure(figsize=(11 if theirs else 6.5, 4.5), layout="constrained")
+    drawing = import_extra("plots", "matplotlib.figure", "--out")
+    figure = drawing.Figure(figsize=(11 if theirs else 6.5, 4.5), layout="constrained")
     panels = figure.subplots(1, 2 if theirs else 1, squeeze=False)[0]
     for axes, peers in zip(panels, ([], theirs), strict=False):  # the dial by itself, and beside transformers
         for recompute in dict.fromkeys(str(row["recompute"]) for row in ours[1:]):

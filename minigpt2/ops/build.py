@@ -1,8 +1,8 @@
 """Compiles this package's C++ for this machine's processor at first use and loads it.
 
 The library is cached; its name is a hash of everything that decides its content. Compiling takes a few seconds, needs
-a C++20 compiler and neither ninja nor setuptools: `torch.utils.cpp_extension` supplies the compiler's name and the
-include paths, and its `load` is passed over because it needs ninja and because a killed process leaves its lock behind.
+a C++20 compiler (`CXX`, else c++) and neither ninja nor setuptools. `torch.utils.cpp_extension` is passed over: its
+`load` needs ninja, a killed process leaves its lock behind, and to import it is slow and may warn of a missing GPU.
 """
 
 import contextlib
@@ -53,20 +53,16 @@ def cache_directory() -> Path:
 
 
 def _compiler() -> list[str]:
-    from torch.utils import cpp_extension  # slow to import, so only when a kernel is wanted
-
-    return shlex.split(cpp_extension.get_cxx_compiler()) or ["c++"]
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def _command(source: Path, target: Path) -> list[str]:
-    from torch.utils import cpp_extension
-
     # -march=native does not exist on every compiler for ARM; -mcpu=native means the same there.
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     command = [*_compiler(), "-std=c++20", "-O3", native, "-fPIC", "-shared", str(source), "-o", str(target)]
-    command += [f"-I{path}" for path in cpp_extension.include_paths()]
     # They are loaded already; linking to them by name shares the one thread pool and the one allocator.
-    return command + [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+    root = Path(torch.__file__).parent
+    return [*command, f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minigpt2.ops import build
 from minigpt2.ops.attention.fused import DTYPES, constant_to_compiler, unavailable
+from minigpt2.ops.seed import draw_seed
 
 __all__ = ["dropout_add"]
 
@@ -30,8 +31,7 @@ def dropout_add(x: Tensor, residual: Tensor | None, p: float) -> Tensor:
     if not _served(x.device.type, x.dtype):
         dropped = F.dropout(x, p)
         return dropped if residual is None else residual + dropped
-    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
-    out: Tensor = torch.ops.minigpt2.dropout_add(x, residual, p, seed)
+    out: Tensor = torch.ops.minigpt2.dropout_add(x, residual, p, draw_seed(x))
     return out
 
 

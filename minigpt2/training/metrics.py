@@ -12,6 +12,7 @@ import torch
 
 from minigpt2.config import GPT2Config
 from minigpt2.device import peak_bytes, synchronize
+from minigpt2.extras import MissingExtra, import_extra
 from minigpt2.files import atomic_write, errors_name, flush
 from minigpt2.ops.products import multiply
 
@@ -41,11 +42,8 @@ class Metrics:
         self._before = float(rows[-1]["seconds"]) if rows else 0.0
         self._file = self._path.open("a", encoding="utf-8")
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError(f"--tensorboard: {error}; pip install 'minigpt2[tensorboard]'") from None
-            self._board = SummaryWriter(str(folder / "tb"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+            writer = import_extra("tensorboard", "torch.utils.tensorboard", "--tensorboard").SummaryWriter
+            self._board = writer(str(folder / "tb"), purge_step=step + 1)
 
     @property
     def seconds(self) -> float:
@@ -92,24 +90,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def plot_losses(folder: Path) -> Path:
-    """Draw the losses of `folder`/metrics.jsonl over the tokens as `folder`/loss.png, and return its path."""
-    from matplotlib.figure import Figure
-
+def plot_losses(folder: Path) -> str:
+    """Draw the losses of `folder`/metrics.jsonl over the tokens as `folder`/loss.png. Returns one line that says where
+    the picture is, or how to get one where matplotlib is missing."""
+    try:
+        drawing = import_extra("plots", "matplotlib.figure", "no picture of the losses")
+    except MissingExtra as error:
+        return str(error)
     rows = read_rows(folder / FILE)
-    axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
+    axes = (figure := drawing.Figure(figsize=(8, 5), layout="constrained")).subplots()
     trained = [(row["tokens"], row["loss"]) for row in rows if row["loss"] is not None]
     validated = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
     if rows and rows[0].get("val_loss_before") is not None:
         validated.insert(0, (0, rows[0]["val_loss_before"]))
     axes.plot(*zip(*trained, strict=True), label="training", linewidth=1) if trained else None
     axes.plot(*zip(*validated, strict=True), label="validation", marker="o") if validated else None
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=str(folder))
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set_title(str(folder), parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(folder / "loss.png") as path:
         figure.savefig(path, format="png", dpi=120)
-    return folder / "loss.png"
+    return f"the loss curve is {folder}/loss.png"
 
 
 def flops_per_token(config: GPT2Config, length: int) -> float:

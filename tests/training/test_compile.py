@@ -123,10 +123,17 @@ def cxx() -> None:
 
 
 @pytest.mark.usefixtures("cxx")
-def test_inductor() -> None:
-    """The real thing, once; dropout has the masks of the model that is not compiled, and the names are what they were.
-    Evaluation is left alone."""
-    model = make_model(0.1, checkpoint_every=1)
+@pytest.mark.parametrize(
+    ("checkpoint_every", "recompute"),
+    [
+        (1, "block"),
+        *(pytest.param(*dials, marks=pytest.mark.slow) for dials in ((2, "keep-attention"), (1, "pointwise"))),
+    ],
+)
+def test_inductor(checkpoint_every: int, recompute: str) -> None:
+    """The real thing; dropout has the masks of the model that is not compiled, whatever order Inductor takes, and the
+    names are what they were. Evaluation is left alone."""
+    model = make_model(0.1, checkpoint_every=checkpoint_every, recompute=recompute)
     names = list(model.state_dict())
     network = LossSum(model, compile=True)
     plain = LossSum(model)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt2.ops import build
+from minigpt2.ops.seed import draw_seed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,9 +99,7 @@ def fused_attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0) -> Tens
     """
     head_dim = _sizes(qkv, n_head)[3]
     _refuse_unavailable(qkv.device.type, qkv.dtype, head_dim)
-    seed = None
-    if dropout_p > 0.0:
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=qkv.device)
+    seed = draw_seed(qkv) if dropout_p > 0.0 else None
     if qkv.device.type == "cpu" and _plain(qkv):
         return _attention(qkv, n_head, dropout_p, seed)[0]
     out: Tensor = torch.ops.minigpt2.attention(qkv, n_head, dropout_p, seed)[0]

@@ -142,7 +142,7 @@ def test_auto_on_cuda_is_sdpa_and_says_why():
 
 TOO_MUCH = """
 import torch
-from compile_for_gpus import Variant, compile_variant, complaint
+from compile_for_gpus import Variant, compile_variant, complaint, judges
 from minigpt2.ops.attention.gpu import Tiles
 for variant in (
     Variant("forward", torch.float16, "ieee", 128, False, Tiles(128, 128, 8, 3), 120),
@@ -150,6 +150,7 @@ for variant in (
     Variant("forward", torch.float16, "ieee", 64, False, Tiles(64, 64, 4, 2), 120),
 ):
     print(complaint(variant, compile_variant(variant)))
+print(judges())
 """
 
 
@@ -162,9 +163,9 @@ def test_compiling_ahead_of_time_reports_what_takes_too_much(tmp_path):
         [sys.executable, "-c", TOO_MUCH], env=environment, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr
-    shared, spilled, right = process.stdout.splitlines()
+    shared, spilled, right, judged = process.stdout.splitlines()
     assert "bytes of shared memory, 101376 at most" in shared
-    assert "bytes of stack, 64 at most" in spilled
+    assert ("bytes of stack, 64 at most" in spilled) == (judged == "True")
     assert right == "None"
 
 
