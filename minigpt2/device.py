@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minigpt2.torch_private import untouched
+
 __all__ = ["peak_bytes", "pick_device", "readable", "resident_bytes", "synchronize", "to_device"]
 
 
@@ -35,9 +37,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether a check may look at the tensor's values. On an accelerator that would mean waiting for it, and while a
-    graph is traced there are none."""
-    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
+    """Whether a check may look at the tensor's values. On an accelerator that would mean waiting for it, and while
+    operations are traced or transformed there are none."""
+    return tensor.device.type == "cpu" and untouched(tensor)
 
 
 def synchronize(device: torch.device) -> None:

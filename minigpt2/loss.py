@@ -20,10 +20,12 @@ computes z anew, chunk by chunk, a fourth product.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2.device import readable
 from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves
+from minigpt2.torch_private import backward_keeps_graph, transformed
 
 # The largest chunk of float32 logits, 333 tokens of GPT-2's. Every chunk reads all of the head twice, and reads and
 # writes all of its gradient, which few tokens do not repay: head and loss take 1.4 times as long with 64 tokens a chunk
@@ -53,7 +55,8 @@ def linear_cross_entropy(
     The loss is float32 (float64 for float64 inputs). Under autocast, and for half-precision inputs, the matrix products
     are in the lower precision; softmax, losses and the sum over chunks of weight's gradient are in float32.
     If every token is ignored the sum is 0, the mean nan, and the gradients 0, as with F.cross_entropy.
-    There is no second derivative: backward(create_graph=True) raises.
+    There is no second derivative: backward(create_graph=True) raises. Under the transforms of torch.func and in
+    forward mode it is the plain form, which holds all logits.
 
     Raises ValueError or TypeError for arguments that do not fit together, and ValueError for an id outside the
     vocabulary. On an accelerator ids are not looked at, since that would wait for the device; there, as in a compiled
@@ -66,8 +69,12 @@ def linear_cross_entropy(
     if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:] or hidden.shape[:-1] != targets.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, targets))
         raise ValueError(f"hidden (..., C), weight (V, C) and targets (...) do not fit together: {shapes}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64, not {targets.dtype}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets must be int64 or int32, not {targets.dtype}")
+    if not hidden.device == weight.device == targets.device:
+        devices = ", ".join(str(t.device) for t in (hidden, weight, targets))
+        raise ValueError(f"hidden, weight and targets must be on one device, got {devices}")
+    targets = targets.long()
     vocab, dtype, device = weight.shape[0], hidden.dtype, hidden.device.type
     if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -77,6 +84,11 @@ def linear_cross_entropy(
         outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab))]
         if outside.numel():
             raise ValueError(f"target {outside[0].item()} is neither in [0, {vocab}) nor ignore_index ({ignore_index})")
+
+    if transformed():  # the plain form, which is known to all of them
+        logits = F.linear(hidden, weight).flatten(0, -2).to(torch.promote_types(dtype, torch.float32))
+        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction)
+        return losses.view(targets.shape) if reduction == "none" else losses
 
     chunk_size = chunk_size or chunk_shape(targets.numel(), vocab)[0]
     total = reduction != "none"
@@ -192,15 +204,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
-        raise NotImplementedError("linear_cross_entropy has no second derivative: call backward without create_graph")
+        raise NotImplementedError(
+            "linear_cross_entropy has no second derivative; torch.nn.functional.cross_entropy of the logits has one"
+        )
     if grad_loss is None:
         return (None,) * len(ctx.needs_input_grad)
     want_hidden, want_weight, *others = ctx.needs_input_grad
     if ctx.total:
-        # In place, which spares fresh memory of weight's size, unless the graph is kept to be walked once more (torch
-        # has no public name for that: where it cannot be asked, we copy) or is being traced (compilers reuse memory).
-        kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
-        scale = torch.mul if kept or type(grad_loss) is not Tensor else Tensor.mul_
+        # In place, which spares fresh memory of weight's size, unless the graph is kept to be walked once more or is
+        # being traced (compilers reuse memory).
+        scale = torch.mul if backward_keeps_graph() or type(grad_loss) is not Tensor else Tensor.mul_
         grad_hidden, grad_weight = (scale(grad, grad_loss) for grad in ctx.saved_tensors)
     else:
         hidden, weight, targets = ctx.saved_tensors

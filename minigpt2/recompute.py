@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from minigpt2.torch_private import transformed
+
 __all__ = ["RECOMPUTE", "RecomputedStack", "Segment", "check_checkpoint_every", "check_recompute", "segments"]
 
 RECOMPUTE = ("block", "keep-attention", "pointwise")
@@ -106,8 +108,8 @@ class RecomputedStack(nn.ModuleList):
 
     def run(self, x: Tensor, *args: object) -> Tensor:
         """Call each block as block(x, *args), x (B, T, C) being what the one before returned. Where no gradients are
-        recorded, nothing is kept and nothing runs twice."""
-        recording = torch.is_grad_enabled()
+        recorded, and under the transforms of torch.func, which know no checkpoints, nothing runs twice."""
+        recording = torch.is_grad_enabled() and not transformed()
         for start, stop, recomputed in segments(len(self), self.checkpoint_every if recording else 0):
             blocks: list[Callable[..., Tensor]] = [self[i] for i in range(start, stop)]
             if recording and self.recompute == "pointwise":

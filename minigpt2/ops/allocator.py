@@ -17,9 +17,14 @@ def tune_allocator() -> str:
     allocator.cpp says how. The process keeps its largest size, and it cannot be undone. Needs a C++ compiler, on Linux
     or macOS; elsewhere it does nothing, and says so.
     """
-    library = build.library(build.ALLOCATOR)
+    library = build.library("allocator", ("allocator.cpp",))
     if isinstance(library, str):
         return f"memory of CPU tensors: the C library's ({library})"
-    if library.minigpt2_use_arena():
-        return "memory of CPU tensors: the C library's (the system refused to reserve addresses)"
+    refusals = {
+        1: "the system refused to reserve addresses",
+        2: "the compiler has another C++ library than PyTorch; use g++",
+    }
+    status = library.minigpt2_use_arena()
+    if status:
+        return f"memory of CPU tensors: the C library's ({refusals[status]})"
     return "memory of CPU tensors: kept and packed (minigpt2/ops/csrc/allocator.cpp)"

@@ -5,7 +5,7 @@ torch.addmm and torch.mm serve everything. Two cases, both float32 on a CPU, hav
 - *AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the vector units
   lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the time
   (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
-- *Few rows*, as in generation, where the time goes into reading the weights. The compiled kernel (csrc/attention.cpp)
+- *Few rows*, as in generation, where the time goes into reading the weights. The compiled kernel (csrc/products.cpp)
   reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate` says how near).
 
 The choice depends on the processor and on sizes alone: it is the same in every run on a machine.
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt2.ops import build
+from minigpt2.ops import kernel
+from minigpt2.torch_private import onednn, transformed, untouched
 
 __all__ = [
-    "MAX_ROWS",
     "add_transposed_product",
     "explain_products",
     "multiply",
@@ -35,16 +35,15 @@ __all__ = [
     "weight_gradient",
 ]
 
-MAX_ROWS = 8
 ONEDNN_LEAST = 1 << 24  # multiplications in a product; below, what a call costs outweighs what it gains
 BLOCK = 4096  # rows of a sum of products that are added at a time: 12 MiB of them stay in the cache
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight + bias, for x (n, in), weight (in, out) and bias (out): (n, out)."""
-    if weight.size(1) % 32 == 0 and _few_rows_serve(x, weight):
-        return _few_rows(x, weight, bias, weight.size(1))
-    if not _plain(x, weight, bias) or torch._C._are_functorch_transforms_active():
+    if weight.size(1) % 32 == 0 and _few_rows_serve(x, weight, bias):
+        return kernel.few_rows(x, weight, bias)
+    if not _plain(x, weight, bias):
         return torch.addmm(bias, x, weight)
 
     def product() -> Tensor:
@@ -61,7 +60,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def project_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T, for x (n, in) and weight (out, in): (n, out). Without a gradient."""
     if weight.size(1) % 16 == 0 and _few_rows_serve(x, weight):
-        return _few_rows(x, weight, None, weight.size(0))
+        return kernel.few_rows(x, weight, None)
     return torch.mm(x, weight.t())
 
 
@@ -113,7 +112,7 @@ def _onednn_is_faster() -> bool:
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and onednn()
         and info.exists()
         and _is_zen_5(info.read_text())
     )
@@ -134,17 +133,18 @@ def onednn_serves(multiplications: int, *operands: Tensor) -> bool:
         and multiplications >= ONEDNN_LEAST
         and _onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
-        and not torch._C._are_functorch_transforms_active()
     )
 
 
 def _plain(*operands: Tensor) -> bool:
-    """Whether these are float32 tensors on the CPU as they seem: not traced, not of a subclass, not under autocast."""
+    """Whether these are float32 tensors on the CPU as they seem: not compiled, not transformed, not of a subclass, not
+    under autocast."""
     return (
         not torch.compiler.is_compiling()
         and all(type(t) in (Tensor, nn.Parameter) for t in operands)
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
         and not torch.is_autocast_enabled("cpu")
+        and not transformed()
     )
 
 
@@ -189,23 +189,14 @@ class _Filled(torch.autograd.Function):
 # Few rows.
 
 
-def _few_rows_serve(x: Tensor, weight: Tensor) -> bool:
+def _few_rows_serve(x: Tensor, *weights: Tensor) -> bool:
     """Whether the compiled kernel is to make this product. Ordered so that training leaves at the first question."""
     return (
         not torch.is_grad_enabled()
-        and 0 < x.size(0) <= MAX_ROWS
-        and _plain(x, weight)
-        and x.stride(1) == 1
-        and weight.is_contiguous()
-        and not isinstance(build.kernel(), str)
+        and 0 < x.size(0) <= kernel.FEW
+        and x.size(1) > 0
+        and _plain(x, *weights)
+        and untouched()
+        and all(weight.is_contiguous() for weight in weights)
+        and kernel.unavailable() is None
     )
-
-
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, n_out: int) -> Tensor:
-    kernel: Any = build.kernel()
-    out = torch.empty(x.size(0), n_out)
-    address = None if bias is None else bias.data_ptr()
-    addresses = weight.data_ptr(), address, out.data_ptr()
-    if kernel.minigpt2_few_rows(*x.shape, n_out, x.data_ptr(), x.stride(0), *addresses):
-        raise MemoryError("a product could not allocate its scratch memory")
-    return out

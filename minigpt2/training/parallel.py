@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt2.device import pick_device
 from minigpt2.model import GPT2
-from minigpt2.ops import build
+from minigpt2.ops import kernel
 
 __all__ = ["LossSum", "Processes", "compiled", "distribute", "started", "unsynchronised"]
 
@@ -142,7 +142,7 @@ def distribute(
     compiler."""
     if compile and mode == "fsdp":
         raise ValueError("--compile cannot be combined with --parallel fsdp")
-    if compile and processes.device.type == "cpu" and isinstance(reason := build.kernel(), str):
+    if compile and processes.device.type == "cpu" and (reason := kernel.unavailable()):
         raise ValueError(f"--compile needs a C++ compiler: {reason}")
     network: nn.Module = LossSum(model, compile=compile)
     if mode == "ddp":

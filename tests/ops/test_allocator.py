@@ -10,7 +10,7 @@ import pytest
 from minigpt2.ops import build
 
 pytestmark = pytest.mark.skipif(
-    "no C++ compiler" in str(build.library(build.ALLOCATOR)), reason="there is no C++ compiler"
+    "no C++ compiler" in str(build.library("allocator", ("allocator.cpp",))), reason="there is no C++ compiler"
 )
 
 

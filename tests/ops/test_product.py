@@ -4,23 +4,23 @@ import pytest
 import torch
 from torch import nn
 
-from minigpt2.ops import build, products
-from minigpt2.ops.products import MAX_ROWS, project, project_transposed
+from minigpt2.ops import kernel
+from minigpt2.ops.products import project, project_transposed
 
 
 @pytest.fixture(autouse=True)
 def needs_the_kernel():
-    reason = build.kernel()
-    if isinstance(reason, str) and "no C++ compiler" in reason:
+    reason = kernel.unavailable()
+    if reason is not None and "no C++ compiler" in reason:
         pytest.skip(reason)
-    assert not isinstance(reason, str)  # where there is a compiler, a kernel that does not build is a failure
+    assert reason is None  # where there is a compiler, a kernel that does not build is a failure
 
 
 @pytest.fixture
 def served(monkeypatch):
     """The shapes of the products that the kernel made."""
-    shapes, few_rows = [], products._few_rows
-    monkeypatch.setattr(products, "_few_rows", lambda *args: shapes.append(tuple(args[0].shape)) or few_rows(*args))
+    shapes, few_rows = [], kernel.few_rows
+    monkeypatch.setattr(kernel, "few_rows", lambda *args: shapes.append(tuple(args[0].shape)) or few_rows(*args))
     return shapes
 
 
@@ -45,7 +45,7 @@ def error(found, exact):
 
 # One row of weights, fewer than a chunk's, a width that no chunk divides, and the widths of GPT-2.
 @pytest.mark.parametrize(("K", "N"), [(1, 32), (7, 64), (8, 32), (65, 96), (130, 2016), (768, 2304), (3072, 768)])
-@pytest.mark.parametrize("M", range(1, MAX_ROWS + 1))
+@pytest.mark.parametrize("M", range(1, kernel.FEW + 1))
 @torch.no_grad()
 def test_project(served, M, K, N):
     x, weight, bias = operands(M, K, N)
@@ -57,7 +57,7 @@ def test_project(served, M, K, N):
 
 # One row, fewer rows than are worked on together, one task and a part, and the head of GPT-2, nearly.
 @pytest.mark.parametrize(("K", "N"), [(16, 1), (16, 3), (48, 129), (80, 128), (768, 5003)])
-@pytest.mark.parametrize("M", range(1, MAX_ROWS + 1))
+@pytest.mark.parametrize("M", range(1, kernel.FEW + 1))
 @torch.no_grad()
 def test_project_transposed(served, M, K, N):
     x, weight, _ = operands(M, K, N, transposed=True)
@@ -69,9 +69,9 @@ def test_project_transposed(served, M, K, N):
 
 @torch.no_grad()
 def test_threads_and_the_other_rows_change_no_bit(threads):
-    x, weight, bias = operands(MAX_ROWS, 200, 288)
-    _, transposed, _ = operands(MAX_ROWS, 208, 1000, transposed=True)
-    y = torch.randn(MAX_ROWS, 208, generator=torch.Generator().manual_seed(0))
+    x, weight, bias = operands(200, 288)
+    _, transposed, _ = operands(208, 1000, transposed=True)
+    y = torch.randn(208, generator=torch.Generator().manual_seed(0))
     for n in (1, 2, 3):
         threads(n)
         results = project(x, weight, bias), project_transposed(y, transposed)
@@ -79,7 +79,7 @@ def test_threads_and_the_other_rows_change_no_bit(threads):
             expected = results
         for found, before in zip(results, expected, strict=True):
             assert torch.equal(found, before)
-    for M in range(1, MAX_ROWS):
+    for M in range(1, kernel.FEW):
         assert torch.equal(project(x[:M], weight, bias), expected[0][:M])
         assert torch.equal(project_transposed(y[:M], transposed), expected[1][:M])
 
@@ -136,7 +136,7 @@ def test_what_the_kernel_does_not_serve_is_served_all_the_same(served):
 def test_without_a_compiler(monkeypatch):
     x, weight, bias = operands(4, 32, 64)
     expected = project(x, weight, bias)
-    monkeypatch.setattr(build, "kernel", lambda: "no compiler")
+    monkeypatch.setattr(kernel, "unavailable", lambda: "no compiler")
     torch.testing.assert_close(project(x, weight, bias), expected)
 
 

@@ -14,7 +14,7 @@ from tiny_runs import arguments, curve, launch, outcome
 from torch import Tensor
 
 from minigpt2 import GPT2, GPT2Config
-from minigpt2.ops import build
+from minigpt2.ops import kernel
 from minigpt2.training import parallel
 from minigpt2.training.parallel import LossSum, Processes, compiled, distribute
 
@@ -118,7 +118,7 @@ def test_the_dial_may_move_between_steps() -> None:
 
 @pytest.fixture
 def cxx() -> None:
-    if isinstance(reason := build.kernel(), str):
+    if reason := kernel.unavailable():
         pytest.skip(reason)
 
 
@@ -146,7 +146,7 @@ def test_inductor(checkpoint_every: int, recompute: str) -> None:
 
 
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "kernel", lambda: "no C++ compiler: 'c++' was not found")
+    monkeypatch.setattr(kernel, "unavailable", lambda: "no C++ compiler: 'c++' was not found")
     with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler: no C\+\+ compiler"):
         distribute(make_model(0.0), None, Processes(), compile=True)
 

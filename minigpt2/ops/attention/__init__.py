@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minigpt2.device import readable
 from minigpt2.ops.attention.eager import causal_mask, eager_attention, merge_heads, split_heads
-from minigpt2.ops.attention.fused import constant_to_compiler, decode, fused_attention, unavailable
+from minigpt2.ops.attention.fused import decode, fused_attention, unavailable
+from minigpt2.torch_private import constant_to_compiler, transformed
 
 if TYPE_CHECKING:
     from minigpt2.generate import LayerCache
@@ -99,7 +100,7 @@ def attention(
     keys, values = (k, v) if cache is None else cache.append(k, v)  # (B, H, past + T, D)
     if past or mask is not None:
         return masked_attention(q, keys, values, mask, dropout_p=dropout_p, backend=backend)
-    chosen = resolve_backend(backend, qkv.device.type, qkv.dtype, q.size(3))
+    chosen = _resolved(backend, q)
     if chosen == "fused":
         return fused_attention(qkv, n_head, dropout_p=dropout_p)
     if chosen == "eager":
@@ -107,6 +108,12 @@ def attention(
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
     return merge_heads(y)
+
+
+def _resolved(backend: str, q: Tensor) -> str:
+    if backend == "auto" and transformed():
+        return "eager"  # which every transform can take
+    return resolve_backend(backend, q.device.type, q.dtype, q.size(3))
 
 
 def positions_and_mask(
@@ -141,7 +148,7 @@ def masked_attention(
     that every query sees every key. Returns (B, T, C). The fused kernel serves one query on the CPU, without mask,
     dropout and gradient, which is what generation asks for; sdpa serves the rest in its stead.
     """
-    chosen = resolve_backend(backend, q.device.type, q.dtype, q.size(3))
+    chosen = _resolved(backend, q)
     if chosen == "eager":
         visible = causal_mask(1, k.size(2), q.device) if mask is None else mask
         y = eager_attention(q, k, v, visible, dropout_p)

@@ -1,16 +1,28 @@
 // A CPU allocator for PyTorch that keeps the memory of large tensors and packs it well.
 //
-// A training step allocates and frees gigabytes in an order that is nearly a stack's: the forward pass piles activations
-// up, the backward pass takes them down. The C library either returns large blocks to the system, so that every use pays
-// for the first touch of fresh pages, or keeps them in a heap that alignment and small neighbours break into holes. Here
-// large blocks lie in one range of addresses of their own. A request takes the smallest hole that holds it (the lowest of
-// equals), a freed block merges with the holes beside it, and nothing is given back: once touched, a page serves every
-// later step.
+// A training step allocates and frees gigabytes in nearly the order of a stack: the forward pass piles activations up,
+// the backward pass takes them down. The C library either returns large blocks to the system, so that every use pays
+// for the first touch of fresh pages, or keeps them in a heap that alignment and small neighbours break into holes.
+// Here large blocks lie in one range of addresses of their own. A request takes the smallest hole that holds it (the
+// lowest of equals), a freed block merges with the holes beside it, and nothing is given back: once touched, a page
+// serves every later step.
+
+#include "interface.h"
+
+enum { IN_USE, REFUSED, ANOTHER_LIBRARY };  // what minigpt2_use_arena returns
+
+#if defined(__linux__) && defined(_LIBCPP_VERSION)
+
+// PyTorch is compiled with libstdc++ there, and a DataPtr made with libc++ would have another layout.
+EXPORT int minigpt2_use_arena() { return ANOTHER_LIBRARY; }
+
+#else
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -44,9 +56,17 @@ class Arena final : public c10::Allocator {
 #ifdef MADV_HUGEPAGE
     madvise(range, size, MADV_HUGEPAGE);  // pages of 2 MiB, not 4 KiB: 6% of the time of `minigpt2 bench step`
 #endif
+    // A child process has a copy of the arena, and must not find it locked by a thread that it does not have.
+    pthread_atfork([] { arena().mutex.lock(); }, [] { arena().mutex.unlock(); }, [] { arena().mutex.unlock(); });
     base = static_cast<char*>(range);
     holes[base] = size;
     return true;
+  }
+
+  // Never destroyed: statics of other libraries may hold tensors, and free them after ours would be gone.
+  static Arena& arena() {
+    static Arena* const only = new Arena;
+    return *only;
   }
 
  private:
@@ -88,24 +108,23 @@ class Arena final : public c10::Allocator {
     holes[start] = bytes;
   }
 
-  static void give_back(void* data);
+  static void give_back(void* data) {
+    Arena& self = arena();
+    char* start = static_cast<char*>(data);
+    if (start >= self.base && start < self.base + self.size)
+      self.release(start);
+    else
+      c10::free_cpu(data);
+  }
 };
-
-Arena arena;
-
-void Arena::give_back(void* data) {
-  char* start = static_cast<char*>(data);
-  if (start >= arena.base && start < arena.base + arena.size)
-    arena.release(start);
-  else
-    c10::free_cpu(data);
-}
 
 }  // namespace
 
 // From now on new CPU tensors of at least LEAST bytes lie in the arena. Older ones are freed as they were made.
-extern "C" int minigpt2_use_arena() {
-  if (!arena.reserve()) return 1;
-  c10::SetCPUAllocator(&arena, 1);
-  return 0;
+EXPORT int minigpt2_use_arena() {
+  if (!Arena::arena().reserve()) return REFUSED;
+  c10::SetCPUAllocator(&Arena::arena(), 1);
+  return IN_USE;
 }
+
+#endif

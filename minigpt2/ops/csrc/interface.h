@@ -1,0 +1,32 @@
+// What every C entry point shares. They are called by ../kernel.py and nobody else, and it checks what they are given.
+//
+// dtype: 0 float32, 1 bfloat16, 2 float64. Strides count elements, and the last one is 1. Each returns a status.
+
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#include "simd.h"
+
+#define EXPORT extern "C" [[gnu::visibility("default")]]
+
+namespace minigpt2 {
+
+enum Status { DONE, NO_MEMORY, NO_SUCH_DTYPE };
+
+// Calls f with the type in memory and the type of the arithmetic.
+template <class F> Status dispatch(int dtype, const F& f) {
+  try {
+    switch (dtype) {
+      case 0: f.template operator()<float, float>(); return DONE;
+      case 1: f.template operator()<BFloat16, float>(); return DONE;
+      case 2: f.template operator()<double, double>(); return DONE;
+    }
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+  return NO_SUCH_DTYPE;
+}
+
+}  // namespace minigpt2

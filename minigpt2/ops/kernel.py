@@ -1,0 +1,230 @@
+"""The compiled kernel's functions, as calls that take tensors and cannot touch memory that is not theirs.
+
+Nothing else in the package calls compiled code. Each function here checks what it is given, in dtype, device, layout
+and sizes, and makes its outputs from its inputs, whatever PyTorch's default dtype and device are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt2.ops import build
+from minigpt2.torch_private import constant_to_compiler
+
+__all__ = [
+    "DTYPES",
+    "FEW",
+    "attention",
+    "attention_backward",
+    "decode",
+    "dropout_add",
+    "few_rows",
+    "gelu",
+    "serves",
+    "unavailable",
+]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+MAX_HEAD_DIM = 256
+FEW = 8
+"""The most rows of `few_rows`."""
+
+_SOURCES = ("attention.cpp", "decode.cpp", "dropout.cpp", "gelu.cpp", "products.cpp", "tasks.cpp")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why there is no compiled kernel here, or None if there is one. The first call on a machine compiles it."""
+    found = build.library("kernel", _SOURCES)
+    return found if isinstance(found, str) else None
+
+
+def serves(x: Tensor) -> bool:
+    """Whether there is a kernel for tensors of this device and dtype."""
+    return _serves(x.device.type, x.dtype)
+
+
+@constant_to_compiler
+def _serves(device: str, dtype: torch.dtype) -> bool:
+    return device == "cpu" and dtype in DTYPES and unavailable() is None
+
+
+def attention(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Causal attention: qkv (B, T, 3C) -> (B, T, C), and the log-sum-exp (B, H, T) in the dtype of the arithmetic."""
+    B, T, H, D = packed_sizes(qkv, n_head)
+    _check(qkv)
+    qkv = rows(qkv)
+    out = qkv.new_empty((B, T, H * D))
+    lse = qkv.new_empty((B, H, T), dtype=lse_dtype(qkv.dtype))
+    strides = qkv.stride()[:2]
+    arguments = (B, T, H, D, qkv.data_ptr(), *strides, out.data_ptr(), lse.data_ptr(), *_seed(seed, dropout_p))
+    _call("attention", qkv.dtype, *arguments)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """The gradient of `attention` with respect to qkv, (B, T, 3C)."""
+    B, T, H, D = packed_sizes(qkv, n_head)
+    check_backward(grad_out, qkv, out, lse, n_head)
+    _check(qkv, grad_out, out)
+    qkv, grad_out, out, lse = rows(qkv), rows(grad_out), out.contiguous(), lse.contiguous()
+    grad_qkv = qkv.new_empty((B, T, 3 * H * D))
+    inputs = (qkv.data_ptr(), *qkv.stride()[:2], grad_out.data_ptr(), *grad_out.stride()[:2], out.data_ptr())
+    outputs = (lse.data_ptr(), grad_qkv.data_ptr(), *_seed(seed, dropout_p))
+    _call("attention_backward", qkv.dtype, B, T, H, D, *inputs, *outputs)
+    return grad_qkv
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one query over a cache: q (B, H, 1, D), k and v (B, H, T, D) -> (B, H, 1, D)."""
+    fits = q.dim() == k.dim() == v.dim() == 4 and q.shape == (*k.shape[:2], 1, k.shape[3]) and k.shape == v.shape
+    if not fits or k.shape[2] < 1:
+        raise ValueError(
+            f"q must be (B, H, 1, D), k and v (B, H, T, D); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    _check(q, k, v)
+    _check_head_dim(q.shape[3])
+    B, H, T, D = k.shape
+    q, k, v = rows(q), rows(k), rows(v)
+    out = q.new_empty((B, H, 1, D))
+    cached = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
+    _call("decode", q.dtype, B, T, H, D, q.data_ptr(), *q.stride()[:2], *cached, out.data_ptr())
+    return out
+
+
+def dropout_add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
+    """residual + dropout(x), or dropout(x) alone; any shape, the mask being that of rows of the last dimension."""
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x {x.dtype} {tuple(x.shape)}")
+    _check(x, *(() if residual is None else (residual,)))
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    out = torch.empty_like(x)
+    width = x.size(-1) if x.dim() else 1
+    addresses = (x.data_ptr(), None if residual is None else residual.data_ptr(), out.data_ptr())
+    _call("dropout_add", x.dtype, x.numel() // max(1, width), width, *addresses, *_seed(seed, p))
+    return out
+
+
+def gelu(x: Tensor, grad: Tensor | None = None) -> Tensor:
+    """The tanh GELU of x, of any shape; or, with the gradient of its result, that of x."""
+    if grad is not None and (grad.shape, grad.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"the gradient is {grad.dtype} {tuple(grad.shape)}, x {x.dtype} {tuple(x.shape)}")
+    _check(x, *(() if grad is None else (grad,)))
+    x, grad = x.contiguous(), None if grad is None else grad.contiguous()
+    out = torch.empty_like(x)
+    _call("gelu", x.dtype, x.numel(), x.data_ptr(), None if grad is None else grad.data_ptr(), out.data_ptr())
+    return out
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight + bias for weight (K, N) and N a multiple of 32; without a bias x @ weight^T for weight (N, K) and K a
+    multiple of 16. x (M, K), M from 1 to FEW; float32; weight and bias contiguous."""
+    K, N = weight.shape if bias is not None else weight.shape[::-1]
+    if not 1 <= x.shape[0] <= FEW or x.shape[1] != K or K < 1 or (N % 32 if bias is not None else K % 16):
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} are no product of few rows")
+    if any(t.dtype != torch.float32 for t in (x, weight)) or not weight.is_contiguous():
+        raise ValueError(f"x and weight must be float32 and weight contiguous, got {x.dtype} and {weight.dtype}")
+    if bias is not None and (bias.shape, bias.dtype, bias.is_contiguous()) != ((N,), torch.float32, True):
+        raise ValueError(f"bias must be a contiguous float32 ({N},), got {bias.dtype} {tuple(bias.shape)}")
+    _check(x, weight, *(() if bias is None else (bias,)))
+    x = rows(x)
+    out = x.new_empty((x.shape[0], N))
+    addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
+    _call("few_rows", None, x.shape[0], K, N, x.data_ptr(), x.stride(0), *addresses)
+    return out
+
+
+def packed_sizes(qkv: Tensor, n_head: int) -> tuple[int, int, int, int]:
+    """B, T, H, D of a packed projection; ValueError for one that is none."""
+    if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
+        raise ValueError(f"qkv must be (B, T, 3C) with C a multiple of n_head = {n_head}, not {tuple(qkv.shape)}")
+    B, T, width = qkv.shape
+    _check_head_dim(width // 3 // n_head)
+    return B, T, n_head, width // 3 // n_head
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the log-sum-exp of attention: that of the arithmetic."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> None:
+    """Raise ValueError unless the gradient, the output and the log-sum-exp belong to qkv."""
+    B, T, H, D = packed_sizes(qkv, n_head)
+    if grad_out.shape != (B, T, H * D) or out.shape != grad_out.shape or lse.shape != (B, H, T):
+        raise ValueError("the gradient, the output and the log-sum-exp must belong to qkv")
+    if not qkv.dtype == grad_out.dtype == out.dtype or lse.dtype != lse_dtype(qkv.dtype):
+        raise ValueError("the gradient and the output must have the dtype of qkv")
+    if not qkv.device == grad_out.device == out.device == lse.device:
+        raise ValueError("the gradient, the output and the log-sum-exp must be on the device of qkv")
+
+
+def check_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> None:
+    """Raise ValueError where dropout has no seed: one int64, on `device`."""
+    if dropout_p and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
+        raise ValueError("dropout needs a seed: one int64, on the device of what it drops")
+
+
+def _check_head_dim(D: int) -> None:
+    if D % 16 or not 16 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"the head size must be a multiple of 16 up to {MAX_HEAD_DIM}, not {D}")
+
+
+def _check(*tensors: Tensor) -> None:
+    """Raise ValueError unless the tensors have memory that compiled code can read: on the CPU, in one dtype."""
+    for t in tensors:
+        if t.device.type != "cpu" or t.layout != torch.strided or t.dtype not in DTYPES:
+            raise ValueError(
+                f"the kernel takes dense float32, bfloat16 or float64 CPU tensors, not {t.dtype} {t.device}"
+            )
+    if len({t.dtype for t in tensors}) > 1:
+        raise ValueError(f"the tensors must have one dtype, not {', '.join(str(t.dtype) for t in tensors)}")
+
+
+def rows(x: Tensor) -> Tensor:
+    """x, or a copy of it, with its last dimension contiguous."""
+    return x if x.stride(-1) == 1 or not x.numel() else x.contiguous()
+
+
+def _seed(seed: Tensor | None, p: float) -> tuple[float, int | None]:
+    if not 0 <= p <= 1:
+        raise ValueError(f"the dropout probability must be in [0, 1], got {p}")
+    check_seed(seed, p, torch.device("cpu"))
+    return p, None if seed is None or not p else seed.data_ptr()
+
+
+def _call(name: str, dtype: torch.dtype | None, *arguments: Any) -> None:
+    first = () if dtype is None else (DTYPES[dtype],)
+    if _functions()[name](*first, *arguments):
+        raise MemoryError(f"{name} could not allocate its scratch memory")
+
+
+@functools.cache
+def _functions() -> dict[str, Any]:
+    library = build.library("kernel", _SOURCES)
+    if isinstance(library, str):
+        raise RuntimeError(f"the compiled kernel is not available: {library}")
+    integer, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+    dropout = [number, pointer]  # the probability and the seed
+    shape: list[Any] = [ctypes.c_int, *[integer] * 4]  # dtype, B, T, H, D
+    strided: list[Any] = [pointer, integer, integer]
+    cached = [*strided, integer]
+    arguments = {
+        "attention": [*shape, *strided, pointer, pointer, *dropout],
+        "attention_backward": [*shape, *strided, *strided, *[pointer] * 3, *dropout],
+        "decode": [*shape, *strided, *cached, *cached, pointer],
+        "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],
+        "gelu": [ctypes.c_int, integer, *[pointer] * 3],
+        "few_rows": [*[integer] * 3, pointer, integer, *[pointer] * 3],  # M, K, N, ...
+    }
+    found = {name: getattr(library, f"minigpt2_{name}") for name in arguments}
+    for name, function in found.items():
+        function.argtypes, function.restype = arguments[name], ctypes.c_int
+    return found
