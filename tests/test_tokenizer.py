@@ -1,22 +1,17 @@
 """The tokenizer against tiktoken's own rule and against the tokenizers library, both built from the same ranks."""
 
-import base64
 import copy
 import multiprocessing
 import pickle
 import socket
 
+import fuzz_tokenizer
 import pytest
-import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minigpt2 import tokenizer as module
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
-
-# As published in the encoder.py of GPT-2.
-PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 TEXTS = [
     "",
@@ -31,44 +26,14 @@ TEXTS = [
 ]
 
 
-def ranks():
-    lines = module.RANKS_FILE.read_bytes().splitlines()
-    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-
-
 @pytest.fixture(scope="module")
 def rule():
-    return tiktoken.Encoding(
-        "rule", pat_str=PATTERN, mergeable_ranks=ranks(), special_tokens={"<|endoftext|>": END_OF_TEXT}
-    )
-
-
-def byte_letters():
-    """GPT-2's printable stand-in for each byte, from its encoder.py."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-def merged_from(token, ranks):
-    """The two halves that byte-pair encoding joins last to make `token`."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], 1 << 30))
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts
+    return fuzz_tokenizer.rule()
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    """Hugging Face's implementation, from vocabulary and merges rebuilt out of the ranks."""
-    letters, by_rank = byte_letters(), ranks()
-    written = {token: "".join(letters[b] for b in token) for token in by_rank}
-    merges = [tuple(written[part] for part in merged_from(token, by_rank)) for token in by_rank if len(token) > 1]
-    tokenizer = Tokenizer(models.BPE(vocab={written[token]: rank for token, rank in by_rank.items()}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return fuzz_tokenizer.hugging_face()
 
 
 def test_published_facts():
@@ -81,7 +46,7 @@ def test_published_facts():
 
 def test_every_token_is_decoded_to_its_bytes():
     tokenizer = get_tokenizer()
-    assert {tokenizer.decode_single_token_bytes(i): i for i in range(50256)} == ranks()
+    assert {tokenizer.decode_single_token_bytes(i): i for i in range(50256)} == fuzz_tokenizer.ranks()
 
 
 @pytest.mark.parametrize("text", TEXTS)
