@@ -74,14 +74,15 @@ def generate(
         generator=generator,
     )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
-    print(prompt, end="", flush=True)
+    unprinted = prompt  # until there is a token: an error stands on a line of its own
     for token in tokens:
         if token.item() == END_OF_TEXT:
             continue
         # A vocabulary that was padded has ids without a text.
         piece = tokenizer.decode_single_token_bytes(int(token)) if token < tokenizer.n_vocab else b"\xff"
-        print(decoder.decode(piece), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        print(unprinted + decoder.decode(piece), end="", flush=True)
+        unprinted = ""
+    print(unprinted + decoder.decode(b"", final=True))
 
 
 def evaluate(

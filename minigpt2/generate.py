@@ -35,9 +35,10 @@ class LayerCache:
         if (self.k.dtype, self.k.device) != (k.dtype, k.device):
             # Autocast began or ended since, or the model moved. What is stored keeps all of its digits.
             dtype = torch.promote_types(self.k.dtype, k.dtype) if start else k.dtype
-            old_k, old_v = self.k[:, :, :start], self.v[:, :, :start]
-            self.k, self.v = (torch.empty_like(old, dtype=dtype, device=k.device) for old in (self.k, self.v))
-            self.k[:, :, :start], self.v[:, :, :start] = old_k, old_v
+            old = self.k[:, :, :start], self.v[:, :, :start]
+            self.k, self.v = (torch.empty_like(t, dtype=dtype, device=k.device) for t in (self.k, self.v))
+            if start:
+                self.k[:, :, :start], self.v[:, :, :start] = old
         self.k[:, :, start:stop] = k.detach()
         self.v[:, :, start:stop] = v.detach()
         self.length = stop
@@ -185,7 +186,7 @@ def _stream(
         # Not around the loop: the caller's code runs between the yields.
         with torch.no_grad(), evaluation_mode(model):
             logits = model.next_logits(feed, mask, cache)  # (B, V)
-            if not bool(logits.isfinite().all()):
+            if not _finite(logits):
                 raise ValueError(f"the logits are not finite: {nonfinite(model) or f'they overflow {logits.dtype}'}")
             token = sampling.draw(logits, generator)
             if eos_token_id is not None:
@@ -254,6 +255,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def nonfinite(model: nn.Module) -> str | None:
     """Say which parameter is the first that holds a NaN or an infinity, if one does."""
     for name, parameter in model.named_parameters():
-        if not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):
+        if parameter.is_floating_point() and parameter.numel() and not _finite(parameter.detach()):
             return f"{name} holds a NaN or an infinity"
     return None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return all(bound.isfinite() for bound in torch.aminmax(tensor))  # a NaN would be both of the bounds

@@ -212,7 +212,7 @@ def read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[t
             try:
                 file = opened.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None
+                raise WeightsError(f"{path}: not a whole safetensors file: {_shown(str(error))}") from None
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name = _PREFIX.sub("", _WRAPPED.sub("", key))
                 if _MASK_BUFFER.fullmatch(name):
@@ -253,14 +253,14 @@ def weight_files(folder: Path) -> list[Path]:
     if INDEX_FILE not in present:
         raise WeightsError(
             f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} (pickle files are not read); it holds "
-            + (", ".join(sorted(present)) or "nothing")
+            + (", ".join(map(_shown, sorted(present))) or "nothing")
         )
     try:
         shards = sorted(map(Path, set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise WeightsError(f"{index}: not an index of safetensors shards: {error!r}") from None
     problems = [f"{str(path)!r} is not a file name" for path in shards if path.name in ("", "..") or path.parent.parts]
-    problems += [f"shard {path} is missing" for path in shards if str(path) not in present]
+    problems += [f"shard {_shown(str(path))} is missing" for path in shards if str(path) not in present]
     if problems:
         raise WeightsError(f"{index}: {_listed(problems)}")
     return [folder / path for path in shards]
@@ -357,9 +357,9 @@ def _misnamed(shapes: dict[str, tuple[int, ...]], keys: dict[str, str]) -> list[
     return missing + [f"{name} is unexpected" for name in unexpected]
 
 
-def _shown(name: str, most: int = 200) -> str:
-    """A name from a file as it can be printed: in one line, of some length."""
-    return repr(name[:most])[1:-1]
+def _shown(text: str, most: int = 200) -> str:
+    """What comes from a file as it can be printed: in one line, of some length."""
+    return repr(text[:most])[1:-1]
 
 
 def _listed(problems: list[str], most: int = 12) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import minigpt2
+from minigpt2 import GPT2, GPT2Config
 from minigpt2 import __main__ as cli
 from minigpt2.generate import generate
 from minigpt2.ops import kernel
@@ -126,6 +127,8 @@ GENERATE = {"--model": "HF_TINY", "--prompt": PROMPT}
         ({"--temperature": "nan"}, "temperature must be"),
         ({"--top-k": "0"}, "top_k must be >= 1, got 0"),
         ({"--top-p": "1.1"}, "top_p must be in (0, 1], got 1.1"),
+        ({"--seed": "-1"}, "--seed must be from 0 to 2**64 - 1, got -1"),
+        ({"--seed": str(2**64)}, "--seed must be from 0 to 2**64 - 1, got 18446744073709551616"),
         ({"--max-new-tokens": "-1"}, "max_new_tokens must be >= 0, got -1"),
         ({"--attention": "flash"}, "attention backend must be one of auto, eager, sdpa, fused"),
         ({"--device": "abacus"}, "--device abacus is not available; there is "),
@@ -143,6 +146,36 @@ def test_a_mistake_is_one_clear_line(monkeypatch, capsys, hf_tiny, changes, mess
     assert err.startswith("minigpt2: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval"])
+def test_weights_that_are_not_finite_are_one_clear_line(monkeypatch, capsys, tiny_model, tmp_path, verb):
+    with torch.no_grad():
+        tiny_model.h[1].ln_1.weight[3] = float("nan")
+    tiny_model.save_pretrained(tmp_path)
+    (tmp_path / "tokens.bin").write_bytes(bytes(8))
+    rest = ("--prompt", PROMPT) if verb == "generate" else ("--data", tmp_path / "tokens.bin")
+    status, out, err = in_process(monkeypatch, capsys, verb, "--model", tmp_path, *rest)
+    assert (status, out) == (2, "")
+    assert err.startswith("minigpt2: ")
+    assert err.endswith("h.1.ln_1.weight holds a NaN or an infinity\n")
+    assert err.count("\n") == 1
+
+
+def test_end_of_text_in_a_prompt_is_text(monkeypatch, capsys, tmp_path):
+    torch.manual_seed(0)
+    GPT2(GPT2Config(n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    arguments = ("--model", tmp_path, "--prompt", "a<|endoftext|>b", "--max-new-tokens", 1)
+    status, out, err = in_process(monkeypatch, capsys, "generate", *arguments)
+    assert (status, err) == (0, "")
+    assert out.startswith("a<|endoftext|>b")
+
+
+def test_attention_that_cannot_serve_is_one_clear_line(monkeypatch, capsys, hf_tiny):
+    monkeypatch.setattr("minigpt2.ops.attention.unavailable", lambda *args: "there is no compiler")
+    flags = ("--model", hf_tiny, "--prompt", PROMPT, "--attention", "fused")
+    status, out, err = in_process(monkeypatch, capsys, "generate", *flags)
+    assert (status, out, err) == (2, "", "minigpt2: fused attention is not available: there is no compiler\n")
 
 
 def test_a_mistake_has_exit_status_2_and_no_traceback(tmp_path):
@@ -192,6 +225,9 @@ def test_a_mistake_in_a_benchmark_is_one_clear_line(monkeypatch, capsys):
         ["fly"],
         ["generate"],
         ["generate", "--model", "x", "--prompt", "x", "--top-k", "many"],
+        ["generate", "--model", "x", "--prompt", "x", "--temprature", "0"],
+        ["plan", "--device", "tpu"],
+        ["plan", "--batch"],
         ["bench"],
         ["bench", "fly"],
     ],
@@ -200,7 +236,10 @@ def test_a_mistake_in_a_benchmark_is_one_clear_line(monkeypatch, capsys):
 def test_a_command_line_that_cannot_be_read_has_exit_status_2(monkeypatch, capsys, arguments):
     status, out, err = in_process(monkeypatch, capsys, *arguments)
     assert (status, out) == (2, "")
-    assert "Traceback" not in err
+    assert err.startswith("minigpt2: ")
+    assert " --help" in err
+    assert err.count("\n") == 1
+    assert not set(err) & set("╭│╰─")
 
 
 @pytest.mark.parametrize(

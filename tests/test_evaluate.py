@@ -85,6 +85,47 @@ def test_draws_nothing_and_leaves_the_mode(tokens: np.ndarray) -> None:
     assert model.training
 
 
+def modes(model: GPT2) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_every_module_keeps_its_mode_also_when_it_fails(tokens: np.ndarray) -> None:
+    model = GPT2(CONFIG).train()
+    model.h[1].mlp.eval()
+    before = modes(model)
+    evaluate(model, tokens)
+    assert modes(model) == before
+    with pytest.raises(ValueError, match="60000 is "):
+        evaluate(model, np.array([1, 60000, 2]))
+    assert modes(model) == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.c_proj.bias", "ln_f.weight"])
+def test_weights_that_are_not_finite_are_named(tokens: np.ndarray, name: str, value: float) -> None:
+    model = GPT2(CONFIG)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = value
+    with pytest.raises(ValueError, match=f"{name} holds a NaN or an infinity"):
+        evaluate(model, tokens)
+
+
+def test_a_model_that_overflows_says_so(tokens: np.ndarray) -> None:
+    model = GPT2(CONFIG)
+    with torch.no_grad():
+        model.ln_f.weight.fill_(1e38)
+        model.wte.weight.mul_(1e5)
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf): .* overflows torch\.float32"):
+        evaluate(model, tokens)
+
+
+def test_ids_after_those_of_the_tokenizer_have_a_loss_and_no_bytes(tokens: np.ndarray) -> None:
+    model = GPT2(CONFIG.replace(vocab_size=50304))
+    result = evaluate(model, np.array([*tokens, 50300], dtype=np.uint16))
+    assert result.tokens == len(tokens) + 1
+    assert result.bytes == len(TEXT.encode())
+
+
 def test_mistakes(model: GPT2, tokens: np.ndarray) -> None:
     with pytest.raises(ValueError, match="the context length; got stride 17, length 16"):
         evaluate(model, tokens, stride=17)
