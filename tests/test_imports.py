@@ -15,7 +15,8 @@ LAYERS = [
     {"ops"},
     {"recompute", "loss", "inputs", "tokenizer"},
     {"data", "model"},
-    {"weights", "generate", "memory", "evaluate"},
+    {"weights", "generate", "memory"},
+    {"evaluate"},
     {"training", "bench"},
     {"__main__", "train"},
 ]
