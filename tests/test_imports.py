@@ -17,7 +17,8 @@ LAYERS = [
     {"data", "model"},
     {"weights", "generate", "memory"},
     {"evaluate"},
-    {"training", "bench"},
+    {"training"},
+    {"bench"},
     {"__main__", "train"},
 ]
 # Methods of GPT2 that call what is built on it, when they are called.
