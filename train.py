@@ -30,15 +30,16 @@ from torch import nn
 from tqdm import tqdm
 
 from minigpt2 import memory, tune_allocator
-from minigpt2.command_line import parsed, replace_unprintable
+from minigpt2.command_line import complain, parsed, replace_unprintable
 from minigpt2.config import GPT2Config
 from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
 from minigpt2.device import resident_bytes
 from minigpt2.extras import import_extra
 from minigpt2.files import atomic_write, removed_on_error
+from minigpt2.generate import sample_text
 from minigpt2.model import GPT2
 from minigpt2.ops.attention import resolve_backend
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.tokenizer import END_OF_TEXT
 from minigpt2.training import snapshot
 from minigpt2.training.guards import NonFiniteError, stop_on_signals
 from minigpt2.training.metrics import Metrics, Speedometer, plot_losses
@@ -94,7 +95,8 @@ class TrainConfig:
     recompute: str = "block"
     """What a recomputed block keeps: block, keep-attention or pointwise."""
     memory_budget: str | None = None
-    """Choose the two settings above: the fastest that keep the process (on CUDA, its tensors) within, say, 4GiB."""
+    """Choose the two settings above: the fastest within, say, 4GiB of memory (on CUDA, of tensors); auto: all that is
+    free to this process, its control group's limit included."""
     tune_allocator: bool = True
     """Keep and pack the memory of CPU tensors (minigpt2/ops/allocator.py), instead of leaving it to the C library."""
     attention: str = "auto"
@@ -172,12 +174,13 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        found = memory.notches(
-            model.config, config.batch, config.length, accumulate=config.accumulate, device=device.type
-        )
-        chosen = memory.fastest_that_fits(found, memory.parse_bytes(config.memory_budget), baseline)
+        budget, step = memory.parse_budget(config.memory_budget, device.type), (config.batch, config.length)
+        found = memory.notches(model.config, *step, accumulate=config.accumulate, device=device.type)
+        chosen = memory.fastest_that_fits(found, budget, baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        print(f"{chosen.dials}: {memory.format_bytes(chosen.peak + baseline)} expected")
+        print(
+            f"{chosen.dials}: {memory.format_bytes(chosen.peak + baseline)} expected of {memory.format_bytes(budget)}"
+        )
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
@@ -367,16 +370,7 @@ def finish(trainer: Trainer, out: Path) -> None:
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
     print(plot_losses(out))
     if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
-        start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
-        generator = torch.Generator(start.device).manual_seed(trainer.config.seed)
-        n = min(120, model.config.n_positions - 1)
-        ids = model.eval().generate(start, n, temperature=0.8, top_k=50, generator=generator)
-        print("a sample of its text:\n" + get_tokenizer().decode(ids[0, 1:].tolist()))
-
-
-def complain(error: Exception) -> None:
-    """One line on standard error, under the name by which the user called this."""
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print("a sample of its text:\n" + sample_text(model.eval(), 120, trainer.config.seed))
 
 
 def run(config: TrainConfig, processes: Processes) -> int:
@@ -384,8 +378,7 @@ def run(config: TrainConfig, processes: Processes) -> int:
     try:
         trainer, out = set_up(config, processes)
     except (ValueError, OSError, RuntimeError) as error:  # everything the user can mend
-        complain(error)
-        return 2
+        return complain(error, 2)
     except KeyboardInterrupt:
         return 130
     try:
@@ -394,8 +387,7 @@ def run(config: TrainConfig, processes: Processes) -> int:
             finish(trainer, out)
         return status
     except (NonFiniteError, snapshot.SnapshotError, OSError) as error:  # any other is a bug and shows its trace
-        complain(error)
-        return 1
+        return complain(error, 1)
 
 
 def main() -> int:
@@ -406,8 +398,7 @@ def main() -> int:
             config.check()
             processes = stack.enter_context(started(config.device))
         except (ValueError, OSError) as error:
-            complain(error)
-            return 2
+            return complain(error, 2)
         return processes.ended(run(config, processes))
 
 

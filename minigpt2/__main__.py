@@ -178,8 +178,8 @@ def plan(
         model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with a config.json.
         batch: Sequences in a batch.
         length: Tokens in a sequence.
-        budget: Memory of the whole process (on a CUDA device, of its tensors), such as 4GiB; the fastest notch that
-            fits it is marked.
+        budget: Memory of the whole process (on a CUDA device, of its tensors), such as 4GiB; auto: what is free on this
+            machine. The fastest notch that fits it is marked.
         optimizer: adamw, sgd-momentum or sgd.
         device: Where the step would run; the device need not be here.
         plot: Also draw the frontier into this file, such as frontier.png.
@@ -194,11 +194,12 @@ def plan(
     if plot is not None:
         import_extra("plots", "matplotlib.figure", "--plot")
     config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
-    limit = None if budget is None else memory.parse_bytes(budget)
+    limit = None if budget is None else memory.parse_budget(budget, device)
     baseline = resident_bytes() if device == "cpu" else 0
     found = memory.notches(config, batch, length, optimizer=optimizer, device=device)
     peaks = f"include {memory.format_bytes(baseline)} of Python and torch" if baseline else "are those of CUDA tensors"
-    print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks {peaks}")
+    allowed = f"; the budget is {memory.format_bytes(limit)}" if limit is not None else ""
+    print(f"{model}, batch {batch} x {length}, float32, {optimizer}; peaks {peaks}{allowed}")
     print(memory.table(found, limit, baseline))
     if plot is not None:
         memory.plot(found, plot, limit, baseline)

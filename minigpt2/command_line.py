@@ -7,9 +7,10 @@ import functools
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["deferred", "parsed", "replace_unprintable"]
+__all__ = ["complain", "deferred", "parsed", "replace_unprintable"]
 
 T = TypeVar("T")
 
@@ -51,3 +52,9 @@ def replace_unprintable() -> None:
     """Have standard output show ? for each character that its encoding lacks, where it would raise an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def complain(error: Exception, status: int) -> int:
+    """Say on standard error what is wrong, in one line, under the name of the program; return the exit status."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    return status

@@ -18,7 +18,16 @@ from minigpt2.inputs import check_input
 if TYPE_CHECKING:
     from minigpt2.model import GPT2
 
-__all__ = ["KVCache", "Sampling", "evaluation_mode", "generate", "next_token_probabilities", "nonfinite", "stream"]
+__all__ = [
+    "KVCache",
+    "Sampling",
+    "evaluation_mode",
+    "generate",
+    "next_token_probabilities",
+    "nonfinite",
+    "sample_text",
+    "stream",
+]
 
 
 class LayerCache:
@@ -262,3 +271,15 @@ def nonfinite(model: nn.Module) -> str | None:
 
 def _finite(tensor: Tensor) -> bool:
     return all(bound.isfinite() for bound in torch.aminmax(tensor))  # a NaN would be both of the bounds
+
+
+def sample_text(model: GPT2, n: int, seed: int) -> str:
+    """Up to n tokens as text, as many as the context has room for, sampled at temperature 0.8 from the 50 likeliest; a
+    document that begins, and those that follow. The vocabulary is that of tokenizer.py."""
+    from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+
+    start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
+    generator = torch.Generator(start.device).manual_seed(seed)
+    n = min(n, model.config.n_positions - 1)
+    ids = generate(model, start, n, temperature=0.8, top_k=50, generator=generator)
+    return get_tokenizer().decode(ids[0, 1:].tolist())

@@ -17,6 +17,7 @@ come on top. The CPU's figures were measured; an accelerator's are the same arit
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from pathlib import Path
 import torch
 
 from minigpt2.config import GPT2Config
+from minigpt2.device import resident_bytes
 from minigpt2.extras import import_extra
 from minigpt2.loss import chunk_shape
+from minigpt2.machine import free_bytes
 from minigpt2.ops.products import BLOCK, onednn_serves
 from minigpt2.recompute import RECOMPUTE, check_checkpoint_every, check_recompute, segments
 
@@ -36,6 +39,7 @@ __all__ = [
     "footprint",
     "format_bytes",
     "notches",
+    "parse_budget",
     "parse_bytes",
     "plot",
     "table",
@@ -52,6 +56,9 @@ WORKSPACE_BYTES = 32 * 2**20
 # Blocks of unlike sizes leave holes between them, also in the arena of tune_allocator: the peaks of processes were 2 to
 # 7% above the bytes of their tensors, the most where most is recomputed (minigpt2 bench memory).
 PACKING = 1.045
+
+# What "auto" leaves of the memory that is free, since a prediction may be so much too low.
+MARGIN = 0.05
 
 # Bytes of optimizer state for each byte of a parameter.
 OPTIMIZERS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
@@ -231,6 +238,23 @@ def parse_bytes(text: str) -> int:
     if not match or match[2] not in units or not float(match[1]):
         raise ValueError(f"expected an amount of memory such as 4GiB or 512MiB, got {text!r}")
     return int(float(match[1]) * units[match[2]])
+
+
+def parse_budget(text: str, device: str) -> int:
+    """The bytes that this process may hold in all (on CUDA, its tensors): those of `parse_bytes`, or for "auto" what it
+    holds now and what the machine has free, less MARGIN. On the CPU the processes that torchrun started share what is
+    free evenly. ValueError where there is nothing to ask."""
+    if text != "auto":
+        return parse_bytes(text)
+    if device == "cpu":
+        free, held = free_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), resident_bytes()
+    elif device == "cuda" and torch.cuda.is_available():
+        free, held = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
+    else:
+        raise ValueError(
+            f"there is no {device} device here to say how much memory is free; give an amount, such as 4GiB"
+        )
+    return held + int((1 - MARGIN) * free)
 
 
 def format_bytes(n: int) -> str:

@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom to the top: a module imports from the layers below its own and from its own folder.
 LAYERS = [
     {"torch_private"},
-    {"config", "device", "files", "command_line", "extras"},
+    {"config", "command_line", "device", "extras", "files", "machine"},
     {"ops"},
     {"recompute", "loss", "inputs", "tokenizer"},
     {"data", "model"},
-    {"weights", "generate", "memory", "evaluate"},
-    {"training", "bench"},
+    {"weights", "generate", "memory"},
+    {"evaluate"},
+    {"training"},
+    {"bench"},
     {"__main__", "train"},
 ]
 # Methods of GPT2 that call what is built on it, when they are called.

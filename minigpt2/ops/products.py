@@ -195,6 +195,7 @@ def _few_rows_serve(x: Tensor, *weights: Tensor) -> bool:
         not torch.is_grad_enabled()
         and 0 < x.size(0) <= kernel.FEW
         and x.size(1) > 0
+        and x.stride(1) == 1
         and _plain(x, *weights)
         and untouched()
         and all(weight.is_contiguous() for weight in weights)

@@ -2,16 +2,26 @@
 
 import dataclasses
 import itertools
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from minigpt2.data.batches import Batches, DataError, gather, in_order, load_corpus, read_documents, standard_library
+from minigpt2.data.batches import Batches, Corpus, DataError, gather, in_order, open_corpus
+from minigpt2.data.documents import read_documents, standard_library
+from minigpt2.data.prepare import prepare
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 TOKENS = np.arange(1003, dtype=np.uint16)
+
+
+def load_corpus(path, validation_fraction=0.05):
+    """The tokens of the text under `path`, in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(path, folder, validation_fraction=validation_fraction, progress=False)
+        return Corpus(*(np.array(tokens) for tokens in open_corpus(folder, "")))
 
 
 def firsts(batches, n):

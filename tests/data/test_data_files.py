@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minigpt2.__main__ import main
 from minigpt2.data import documents, prepare
-from minigpt2.data.batches import Batches, fingerprint, open_corpus, open_tokens, shuffled
+from minigpt2.data.batches import Batches, fingerprint, open_corpus, open_tokens
 from minigpt2.data.documents import DataError, read_documents, read_pieces
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
@@ -200,33 +200,6 @@ def test_a_file_of_half_a_token(tmp_path: Path) -> None:
     (tmp_path / "odd.bin").write_bytes(b"abc")
     with pytest.raises(DataError, match="3 bytes are not a whole number of uint16 tokens"):
         open_tokens(tmp_path / "odd.bin")
-
-
-@given(n=st.integers(1, 3000), seed=st.integers(0, 2**32), epoch=st.integers(0, 100))
-@settings(max_examples=60, deadline=None)
-def test_an_order_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    assert sorted(shuffled(np.arange(n), n, [seed, epoch]).tolist()) == list(range(n))
-
-
-def test_an_order_looks_random() -> None:
-    """Where a window lands is uniform over epochs and seeds, and neighbours do not stay neighbours."""
-    n = 97
-    landed = np.array([shuffled(np.arange(n), n, [seed, epoch]) for seed in range(40) for epoch in range(50)])
-    counts = np.stack([np.bincount(landed[:, i], minlength=n) for i in range(n)])  # of position i on window j
-    chi = ((counts - 2000 / n) ** 2 / (2000 / n)).sum(axis=1)
-    assert abs(chi.mean() - (n - 1)) < 5  # a chi-square statistic of n - 1 degrees of freedom has this mean
-    steps = np.abs(np.diff(landed, axis=1)).mean()
-    assert abs(steps - (n + 1) / 3) < 0.3
-
-
-def test_an_order_of_many_needs_no_memory() -> None:
-    tracemalloc.start()
-    windows = shuffled(np.arange(10**12, 10**12 + 8), 10**13, [0, 0])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1_000_000
-    assert len(set(windows.tolist())) == 8
-    assert all(0 <= w < 10**13 for w in windows.tolist())
 
 
 def test_fingerprints_tell_corpora_apart() -> None:
