@@ -2,26 +2,18 @@
 
 import dataclasses
 import itertools
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from texts import load_corpus, read_documents
 
-from minigpt2.data.batches import Batches, Corpus, DataError, gather, in_order, open_corpus
-from minigpt2.data.documents import read_documents, standard_library
-from minigpt2.data.prepare import prepare
+from minigpt2.data.batches import Batches, DataError, gather, in_order
+from minigpt2.data.documents import standard_library
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 TOKENS = np.arange(1003, dtype=np.uint16)
-
-
-def load_corpus(path, validation_fraction=0.05):
-    """The tokens of the text under `path`, in memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(path, folder, validation_fraction=validation_fraction, progress=False)
-        return Corpus(*(np.array(tokens) for tokens in open_corpus(folder, "")))
 
 
 def firsts(batches, n):
@@ -62,7 +54,7 @@ def test_a_batch_may_cross_from_one_epoch_to_the_next():
     batches = Batches(TOKENS, 3, 10, seed=0)
     drawn = firsts(batches, 100)
     assert [sorted(drawn[i : i + 100]) for i in (0, 100, 200)] == 3 * [list(range(0, 1000, 10))]
-    assert batches.epoch == 3.0
+    assert batches.position == 3 * batches.windows
 
 
 def test_the_order_depends_on_the_seed_and_the_epoch():

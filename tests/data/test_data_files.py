@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import read_documents
 
 from minigpt2.__main__ import main
 from minigpt2.data import documents, prepare
 from minigpt2.data.batches import Batches, fingerprint, open_corpus, open_tokens
-from minigpt2.data.documents import DataError, read_documents, read_pieces
+from minigpt2.data.documents import DataError, read_pieces
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 

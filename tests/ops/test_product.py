@@ -70,8 +70,8 @@ def test_project_transposed(served, M, K, N):
 @torch.no_grad()
 def test_threads_and_the_other_rows_change_no_bit(threads):
     x, weight, bias = operands(kernel.FEW, 200, 288)
-    _, transposed, _ = operands(208, 1000, transposed=True)
-    y = torch.randn(208, generator=torch.Generator().manual_seed(0))
+    _, transposed, _ = operands(kernel.FEW, 208, 1000, transposed=True)
+    y = torch.randn(kernel.FEW, 208, generator=torch.Generator().manual_seed(0))
     for n in (1, 2, 3):
         threads(n)
         results = project(x, weight, bias), project_transposed(y, transposed)
