@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "official": None if OFFICIAL_GPT2.is_dir() else "needs the official weights: minigpt2 download gpt2",
         "cuda": None if torch.cuda.is_available() else "needs a CUDA device",
         "grid": None if "grid" in asked else "takes minutes: run with pytest -m grid",
+        "slow": None if "slow" in asked else "takes long and rarely breaks: run with pytest -m slow",
         "large": None if "large" in asked else "takes minutes and 20 GiB of memory: run with pytest -m large",
     }
     for item in items:
