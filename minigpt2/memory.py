@@ -144,8 +144,10 @@ def footprint(
                 yield gradients + held + size.R + n * (size.block - kept_attention) + size.forward_extra
             # From here on the segment is live, and gives back a block for each it goes through.
             below = held - (kept_here if segment.recomputed else n * size.block)
+            recomputed = segment.recomputed or recompute == "pointwise"
+            extra = size.recomputed_backward if recomputed else size.live_backward
             for i in reversed(range(n)):
-                yield gradients + below + (i + 1) * size.block + size.backward_extra
+                yield gradients + below + (i + 1) * size.block + extra
                 gradients += 0 if carried else size.block_weights
             held = below
         yield gradients + 2 * size.head_weights + size.other_weights + 2 * size.R  # the embedding's gradient
@@ -187,12 +189,18 @@ class _Sizes:
             self.block += 2 * self.R + act + 2 * self.statistics  # ... and the outputs of LayerNorm and GELU
         # On top of what is kept: c_proj's output before it is added, and what the recomputation of GELU made.
         self.forward_extra = self.R + (act if pointwise else 0)
-        # The gradients of the residual stream, of c_proj's output and of its input.
-        self.backward_extra = 2 * self.R + act + (act if pointwise else 0)
+        # The backward pass of a block is largest in its MLP. For the gradient of c_proj's weight there are the
+        # gradients of the residual stream and of c_proj's output, and what a pointwise block has recomputed: the
+        # outputs of GELU and LayerNorm. After it there is the gradient of GELU's output, which takes the place of that
+        # output where it was recomputed; then that of GELU's input, and no longer that of c_proj's output.
+        again = 2 * self.R if pointwise else 0
+        self.live_backward = 2 * self.R + act
+        self.recomputed_backward = again + self.R + (2 * act if pointwise else act)
         if plain and onednn_serves(B * T * C * inner):
-            # For the gradient of c_proj's weight there are copies of its operands, before there is a gradient of its
-            # input, and the result is there twice.
-            self.backward_extra += self.R + 2 * C * inner * e
+            # Copies of the operands of that product, and its result twice.
+            copies = 3 * self.R + act + 2 * C * inner * e
+            self.live_backward = max(self.live_backward, copies)
+            self.recomputed_backward = max(self.recomputed_backward, again + copies + (act if pointwise else 0))
         self.block_weights = (4 * C * C + 2 * C * inner + 9 * C + inner) * e
         self.head_weights = V * C * e
         self.other_weights = (config.n_positions * C + 2 * C) * e
