@@ -58,9 +58,10 @@ class InterpretedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
-        from minigpt2.ops.attention import fused, gpu
+        from minigpt2.ops import kernel
+        from minigpt2.ops.attention import gpu
 
-        out, lse = gpu.forward(fused._rows(qkv), n_head, p, seed)
+        out, lse = gpu.forward(kernel.rows(qkv), n_head, p, seed)
         ctx.n_head, ctx.p = n_head, p
         ctx.save_for_backward(qkv, out, lse, seed)
         ctx.mark_non_differentiable(lse)
@@ -68,10 +69,11 @@ class InterpretedFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None, None]:
-        from minigpt2.ops.attention import fused, gpu
+        from minigpt2.ops import kernel
+        from minigpt2.ops.attention import gpu
 
         qkv, out, lse, seed = ctx.saved_tensors
-        rows = fused._rows
+        rows = kernel.rows
         return gpu.backward(rows(grad_out), rows(qkv), out, lse, ctx.n_head, ctx.p, seed), None, None, None
 
 
