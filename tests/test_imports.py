@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom to the top: a module imports from the layers below its own and from its own folder.
 LAYERS = [
+    {"torch_private"},
     {"config", "device", "files", "command_line", "extras"},
     {"ops"},
     {"recompute", "loss", "inputs", "tokenizer"},

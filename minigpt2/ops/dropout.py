@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2.ops import build
-from minigpt2.ops.attention.fused import DTYPES, constant_to_compiler, unavailable
+from minigpt2.ops.attention.fused import DTYPES, unavailable
 from minigpt2.ops.seed import draw_seed
+from minigpt2.torch_private import constant_to_compiler
 
 __all__ = ["dropout_add"]
 

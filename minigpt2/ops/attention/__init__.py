@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minigpt2.device import readable
 from minigpt2.ops.attention.eager import causal_mask, eager_attention, merge_heads, split_heads
-from minigpt2.ops.attention.fused import constant_to_compiler, decode, fused_attention, unavailable
+from minigpt2.ops.attention.fused import decode, fused_attention, unavailable
+from minigpt2.torch_private import constant_to_compiler
 
 if TYPE_CHECKING:
     from minigpt2.generate import LayerCache

@@ -8,17 +8,14 @@ Triton (gpu.py, imported at first use).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minigpt2.ops import build
 from minigpt2.ops.seed import draw_seed
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from minigpt2.torch_private import constant_to_compiler
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 CUDA_DTYPES = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}  # and the largest head size
@@ -33,13 +30,6 @@ torch.library.define(
     "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed) -> Tensor",
 )
 torch.library.define("minigpt2::decode", "(Tensor q, Tensor k, Tensor v) -> Tensor")
-
-
-def constant_to_compiler(function: Callable[P, R]) -> Callable[P, R]:
-    """What torch.compiler.assume_constant_result does, without importing the compiler: torch.compile calls the function
-    once, while tracing, and takes its result for a constant."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def unavailable(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
