@@ -39,9 +39,8 @@ def bench_loss(
         raise ValueError("tokens and rounds must be >= 1")
     config = GPT2Config.official(model)
     print(header("loss"))
-    print(
-        f"{model}, {tokens} tokens, {'bfloat16 autocast' if bfloat16 else 'float32'}; {rounds} rounds; {tune_allocator()}"
-    )
+    dtype = "bfloat16 autocast" if bfloat16 else "float32"
+    print(f"{model}, {tokens} tokens, {dtype}; {rounds} rounds; {tune_allocator()}")
     shape = tokens, config.n_embd, config.vocab_size, bfloat16
     libraries = ["minigpt2", "torch"] if hasattr(F, "linear_cross_entropy") else ["minigpt2"]
     steps = [_step(library, *shape) for library in libraries]
