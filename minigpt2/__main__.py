@@ -208,15 +208,17 @@ def plan(
 
 
 def bench() -> None:
-    """Measure this machine: minigpt2 bench attention | generate | memory | step."""
+    """Measure this machine: minigpt2 bench attention | generate | loss | memory | step."""
     from minigpt2.bench.attention import bench_attention
     from minigpt2.bench.generate import bench_generate
+    from minigpt2.bench.loss import bench_loss
     from minigpt2.bench.memory import bench_memory
     from minigpt2.bench.step import bench_step
 
     benchmarks: dict[str, Callable[..., object]] = {
         "attention": bench_attention,
         "generate": bench_generate,
+        "loss": bench_loss,
         "memory": bench_memory,
         "step": bench_step,
     }

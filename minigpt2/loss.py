@@ -1,21 +1,22 @@
-"""The head and the cross-entropy as one operation that never holds more than one chunk of logits.
+"""The head and the cross-entropy in one operation, which never holds more than one chunk of the logits.
 
-A token with hidden state h (C,) and label t has logits z = W h over the V words of the vocabulary, and costs
+A token with hidden state h (C,) and target t has the logits z = W h over the V words of the vocabulary, and the loss
+and gradients (Bishop 2006, "Pattern Recognition and Machine Learning", equations 4.108 and 4.109)
 
-    loss = logsumexp(z) - z[t]        d loss / d z = softmax(z) - onehot(t) =: d        d loss / d h = W^T d
-                                                                                         d loss / d W = d h^T
+    loss = logsumexp(z) - z[t]        dloss/dz = softmax(z) - onehot(t) =: d        dloss/dh = W^T d
+                                                                                     dloss/dW = d h^T
 
-The plain form keeps z, its log-softmax and its gradient for every token: three tensors of tokens x V, by far the
-largest of a training step. But a token's d needs nothing beyond its own z, so a few hundred tokens at a time suffice:
-their z becomes softmax(z), then d, in the same memory, and d is spent at once on the two gradients. This happens in the
-*forward*, where z is already at hand, so the work is that of the plain form: three matrix products. What is left for
-the backward is a factor, the gradient of the loss that it is given. Chunking the head like this is known from Liger
-Kernel (Hsu et al., 2024, arXiv:2410.10989) and, taken further, from Cut Cross-Entropy (Wijmans et al., 2024,
-arXiv:2411.09009).
+The plain form keeps the logits of all tokens, their log-softmax and their gradient: three tensors of tokens x V, by far
+the largest of a training step. But d needs the logits of its own token only, so a few hundred tokens can be handled at
+a time: their logits become softmax(z), then d, in the same memory, and d goes into the two gradients at once. All of
+this happens in the *forward* pass, while the logits are at hand, and so takes the three matrix products of the plain
+form. The backward pass only multiplies by the gradient that reaches the loss. Liger Kernel (Hsu et al. 2024,
+arXiv:2410.10989) made this form of chunking known; Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) goes
+further.
 
-Per-token losses (reduction="none") may each receive a gradient of their own, unknown in the forward: their backward
-computes z anew, chunk by chunk, a fourth product.
-"""
+With reduction="none" each loss receives a gradient of its own, which the forward pass cannot know. The backward pass
+then computes the logits again, chunk by chunk: a fourth product.
+
 
 from typing import Any
 
@@ -27,12 +28,14 @@ from minigpt2.device import readable
 from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves
 from minigpt2.torch_private import backward_keeps_graph, transformed
 
-# The largest chunk of float32 logits, 333 tokens of GPT-2's. Every chunk reads all of the head twice, and reads and
-# writes all of its gradient, which few tokens do not repay: head and loss take 1.4 times as long with 64 tokens a chunk
-# as with 512, 1.15 times with 128, but only 1.05 times with 256, at half the memory (2 cores, AVX-512, C = 768).
+__all__ = ["chunk_shape", "linear_cross_entropy"]
+
+# The most memory for a chunk of float32 logits: 333 tokens of GPT-2. Each chunk reads the whole head twice, and reads
+# and writes its whole gradient, so small chunks are slow: beside 512 tokens, 64 at a time take 1.4 times as long, 128
+# take 1.15 times and 256 take 1.05 times, with half the memory (2 cores, AVX-512, C = 768).
 _CHUNK_BYTES = 64 * 2**20
-# MKL writes rows of logits that start on a cache line 1.4 times as fast as rows of 50257 floats: the chunk's rows are
-# padded to a multiple of this many elements, and the padding holds logits of -inf, which softmax turns into zeros.
+# MKL writes rows of logits that start on a cache line 1.4 times as fast as rows of 50257 floats. So a chunk's rows are
+# padded to a multiple of this many elements; the padding holds logits of -inf, which softmax turns into zeros.
 _ROW_MULTIPLE = 64
 
 
@@ -47,20 +50,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy(F.linear(hidden, weight), targets)`, without the logits.
 
-    hidden: (..., C), the output of the last LayerNorm. weight: (V, C), the head, of its dtype unless autocast is on.
-    targets: (...), int64 ids in [0, V), or ignore_index for tokens that count for nothing.
-    reduction: "mean" over the tokens that count, "sum", or "none": one loss a token, in the shape of targets.
-    chunk_size: tokens worked on at once, at most; None takes as many as have 64 MiB of logits.
+    hidden: (..., C), the output of the last LayerNorm. weight: (V, C), the head, in the same dtype unless autocast is
+    on. targets: (...), ids in [0, V), int64 or int32, or ignore_index where a token does not count.
+    reduction: "mean" over the tokens that count, "sum", or "none": the loss of each token, in the shape of targets.
+    chunk_size: the most tokens at a time; None stands for as many as have 64 MiB of logits.
 
-    The loss is float32 (float64 for float64 inputs). Under autocast, and for half-precision inputs, the matrix products
-    are in the lower precision; softmax, losses and the sum over chunks of weight's gradient are in float32.
-    If every token is ignored the sum is 0, the mean nan, and the gradients 0, as with F.cross_entropy.
-    There is no second derivative: backward(create_graph=True) raises. Under the transforms of torch.func and in
-    forward mode it is the plain form, which holds all logits.
+    The loss is float32, or float64 for float64 inputs. Under autocast, and for inputs of lower precision, the matrix
+    products are in the lower precision; softmax, losses and the sum of the weight's gradient over chunks are float32.
+    If no token counts, the sum is 0, the mean is nan and the gradients are 0, as with F.cross_entropy.
+    Under torch.func's transforms, in forward mode and under torch.jit.trace this is the plain form, with all logits.
+    There is no second derivative: backward(create_graph=True) raises NotImplementedError.
 
-    Raises ValueError or TypeError for arguments that do not fit together, and ValueError for an id outside the
-    vocabulary. On an accelerator ids are not looked at, since that would wait for the device; there, as in a compiled
-    graph, it is the device's own bounds check that fails.
+    Raises TypeError for dtypes, and ValueError for shapes, devices and settings, that do not fit together, and
+    ValueError for an id outside the vocabulary. Ids on an accelerator are not checked here, since that would wait for
+    the device: there, as in a compiled graph, PyTorch's own bounds check fails.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", not {reduction!r}')
@@ -70,25 +73,24 @@ def linear_cross_entropy(
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden, weight, targets))
         raise ValueError(f"hidden (..., C), weight (V, C) and targets (...) do not fit together: {shapes}")
     if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets must be int64 or int32, not {targets.dtype}")
+        raise TypeError(f"targets must be int64 or int32 token ids, not {targets.dtype}")
     if not hidden.device == weight.device == targets.device:
         devices = ", ".join(str(t.device) for t in (hidden, weight, targets))
-        raise ValueError(f"hidden, weight and targets must be on one device, got {devices}")
+        raise ValueError(f"hidden, weight and targets must be on one device, not on {devices}")
     targets = targets.long()
     vocab, dtype, device = weight.shape[0], hidden.dtype, hidden.device.type
     if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weight.dtype:
         raise TypeError(f"hidden is {dtype} but weight is {weight.dtype}")
+    if transformed():
+        logits = F.linear(hidden, weight).flatten(0, -2).to(torch.promote_types(dtype, torch.float32))
+        losses = F.cross_entropy(logits, targets.flatten(), reduction=reduction, ignore_index=ignore_index)
+        return losses.view(targets.shape) if reduction == "none" else losses
     if readable(targets):
         outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab))]
         if outside.numel():
             raise ValueError(f"target {outside[0].item()} is neither in [0, {vocab}) nor ignore_index ({ignore_index})")
-
-    if transformed():  # the plain form, which is known to all of them
-        logits = F.linear(hidden, weight).flatten(0, -2).to(torch.promote_types(dtype, torch.float32))
-        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction)
-        return losses.view(targets.shape) if reduction == "none" else losses
 
     chunk_size = chunk_size or chunk_shape(targets.numel(), vocab)[0]
     total = reduction != "none"
@@ -104,15 +106,24 @@ def linear_cross_entropy(
 
 
 def chunk_shape(tokens: int, vocab: int, most: int | None = None) -> tuple[int, int]:
-    """Rows and columns of the one chunk of logits that is held: at most `most` tokens (None: 64 MiB), rows padded."""
+    """Rows and padded columns of a chunk of logits: at most `most` tokens, or as many as have 64 MiB of logits."""
     most = most or max(1, _CHUNK_BYTES // (4 * vocab))
-    # Chunks of equal size: a small last one costs as much as a large one.
+    # Chunks of equal size, since a small last one would cost as much as a large one.
     rows = -(-tokens // max(1, -(-tokens // most)))
     return rows, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
-@torch.library.custom_op("minigpt2::linear_cross_entropy", mutates_args=())
-def _chunked(
+# Defined by its schema: torch.library.custom_op would import the compiler, a second and 150 MiB, at the first call.
+torch.library.define(
+    "minigpt2::linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? grad_losses, int ignore_index, int chunk_size, "
+    "ScalarType dtype, bool total, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor)",
+)
+_chunked: Any = torch.ops.minigpt2.linear_cross_entropy
+
+
+@torch.library.impl("minigpt2::linear_cross_entropy", "CompositeExplicitAutograd")
+def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -124,10 +135,10 @@ def _chunked(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of every token (N,), or if `total` their sum (), and the gradients of hidden (N, C) and weight (V, C).
+    """The loss of each token (N,), or if `total` their sum (), and the gradients of hidden (N, C) and weight (V, C).
 
-    They are those of the sum of the losses, each weighted by grad_losses (N,) where given; one that is not wanted is an
-    empty tensor. dtype is that of the matrix products.
+    The gradients are those of the sum of the losses, each times its grad_losses (N,) where given; one that is not
+    wanted is an empty tensor. The matrix products are in `dtype`.
     """
     tokens, vocab = hidden.shape[0], weight.shape[0]
     losses, grad_hidden, grad_weight = _outputs(hidden, weight, dtype, False, want_hidden, want_weight)
@@ -137,32 +148,32 @@ def _chunked(
     factors = torch.where(counts, 1.0 if grad_losses is None else grad_losses, 0.0).to(wide).unsqueeze(1)
     head = weight.to(dtype)
     chunk_size, width = chunk_shape(tokens, vocab, chunk_size)
-    onednn = onednn_serves(chunk_size * head.numel(), hidden, head)  # which makes a chunk's memory itself, unpadded
+    onednn = onednn_serves(chunk_size * head.numel(), hidden, head)  # which allocates the logits itself, unpadded
 
-    # All chunks share this memory. In lower precision the products need a copy of it in their dtype and a place for one
-    # chunk's share of weight's gradient, which is summed in float32.
+    # All chunks share this memory. In lower precision the products also need a copy of a chunk in their dtype and a
+    # place for its share of the weight's gradient, which is summed in float32.
     padded = hidden.new_empty(0 if onednn else chunk_size, width, dtype=wide)
     narrow = padded if dtype == wide else torch.empty_like(padded, dtype=dtype)
     weight_sum = grad_weight if grad_weight.dtype == wide else torch.empty_like(grad_weight, dtype=wide)
     share = torch.empty_like(grad_weight, dtype=dtype) if dtype != wide else None
-    weight_sum = weight_sum if tokens else weight_sum.zero_()  # without tokens no chunk will write it
+    weight_sum = weight_sum if tokens else weight_sum.zero_()  # without tokens no chunk writes it
     for start in range(0, tokens, max(1, chunk_size)):
         chunk = slice(start, start + chunk_size)
         label, factor, inputs = labels[chunk], factors[chunk], hidden[chunk].to(dtype)
         if onednn:
-            probs = z = operand = None  # those of the last chunk make room
+            probs = z = operand = None  # the last chunk's make room
             probs = z = operand = multiply(inputs, head.t())
         else:
             probs = padded[: len(label)]
-            z, operand = probs[:, :vocab], narrow[: len(label), :vocab]  # (n, V): the logits, and what is multiplied
+            z, operand = probs[:, :vocab], narrow[: len(label), :vocab]  # (n, V): logits, and operand of the products
             torch.mm(inputs, head.t(), out=operand)
             if dtype != wide:
                 z.copy_(operand)
             probs[:, vocab:] = -torch.inf
         largest, logit = probs.amax(1), z.gather(1, label).squeeze(1)
-        torch.softmax(probs, 1, out=probs)  # in place: the kernels finish a row's maximum and sum before they write it
-        # The largest probability is exp(largest - logsumexp). It is at least 1 / V, so its logarithm is safe, unlike
-        # the label's; and two maxima cost less than any other way to the logsumexp that needs no second chunk.
+        torch.softmax(probs, 1, out=probs)  # in place: a row is written when its maximum and sum are known
+        # The largest probability is exp(largest - logsumexp) and at least 1 / V, so that its logarithm is finite; the
+        # label's may not be. Without a second chunk, no other way to the logsumexp costs less than these two maxima.
         losses[chunk] = largest - probs.amax(1).log() - logit
         if not (want_hidden or want_weight):
             continue
@@ -172,7 +183,7 @@ def _chunked(
         if want_hidden:
             grad_hidden[chunk] = multiply(operand, head) * factor
         if want_weight:
-            # Scaling (n, C) inputs instead of (n, V) d spares a pass over the chunk.
+            # To scale the inputs (n, C) rather than d (n, V) saves a pass over the chunk.
             scaled = (inputs * factor).to(dtype)
             if share is None:
                 add_transposed_product(weight_sum, operand, scaled, first=start == 0)
@@ -198,21 +209,22 @@ def _outputs(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets, _, *ctx.settings, ctx.total, _, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else the engine would make zeros (V, C) for the gradient of a gradient
+    ctx.set_materialize_grads(False)  # or zeros (V, C) would be made for the gradient of a gradient
     ctx.save_for_backward(*(output[1:] if ctx.total else (hidden, weight, targets)))
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise NotImplementedError(
-            "linear_cross_entropy has no second derivative; torch.nn.functional.cross_entropy of the logits has one"
+            "linear_cross_entropy has no second derivative: call backward without create_graph, "
+            "or take torch.nn.functional.cross_entropy of the logits"
         )
     if grad_loss is None:
         return (None,) * len(ctx.needs_input_grad)
     want_hidden, want_weight, *others = ctx.needs_input_grad
     if ctx.total:
-        # In place, which spares fresh memory of weight's size, unless the graph is kept to be walked once more or is
-        # being traced (compilers reuse memory).
+        # In place, which saves memory of the weight's size; but not where the pass may be repeated, nor in a trace, in
+        # which a compiler decides on memory.
         scale = torch.mul if backward_keeps_graph() or type(grad_loss) is not Tensor else Tensor.mul_
         grad_hidden, grad_weight = (scale(grad, grad_loss) for grad in ctx.saved_tensors)
     else:
@@ -222,5 +234,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
     return grad_hidden if want_hidden else None, grad_weight if want_weight else None, *(None for _ in others)
 
 
-_chunked.register_fake(lambda h, w, t, g, i, c, dtype, total, *want: _outputs(h, w, dtype, total, *want))
-_chunked.register_autograd(_backward, setup_context=_save)
+torch.library.register_fake(
+    "minigpt2::linear_cross_entropy",
+    lambda hidden, weight, targets, grad_losses, ignore_index, chunk_size, dtype, total, *want: _outputs(
+        hidden, weight, dtype, total, *want
+    ),
+)
+torch.library.register_autograd("minigpt2::linear_cross_entropy", _backward, setup_context=_save)

@@ -50,6 +50,8 @@ __all__ = [
 # next to no tensors: 96 and 168 MiB.
 RUNTIME_BYTES = (168 if importlib.util.find_spec("triton") else 96) * 2**20
 
+RANDOM_STATE_BYTES = 5056
+
 # What PyTorch gives cuBLAS to work in: 32 MiB on Hopper, 8 MiB before it.
 WORKSPACE_BYTES = 32 * 2**20
 
@@ -123,7 +125,13 @@ def footprint(
         size.block += 2 * batch * length * config.n_embd  # a mask of bytes for each of the two dropouts
     cut = segments(L, k)
     kept_attention = size.attention if recompute == "keep-attention" else 0
-    kept = [(size.R + (s.stop - s.start) * kept_attention) if s.recomputed else 0 for s in cut]
+    # A checkpoint keeps the state of the random number generator, besides the input of its segment or block.
+    inside = RANDOM_STATE_BYTES if recompute == "pointwise" else 0
+    kept = [
+        (size.R + RANDOM_STATE_BYTES + (s.stop - s.start) * (kept_attention + inside)) if s.recomputed else 0
+        for s in cut
+    ]
+    size.block += inside
     live = (cut[-1].stop - cut[-1].start) * size.block
 
     weights = size.block_weights * L + size.head_weights + size.other_weights

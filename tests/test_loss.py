@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from minigpt2 import GPT2, GPT2Config
 from minigpt2.loss import _chunked, linear_cross_entropy
 
 N, C, V = 23, 8, 101  # primes where it matters: no chunk size divides N, no padding is needed by chance
@@ -166,6 +169,82 @@ def test_bfloat16_is_as_good_as_the_plain_form(autocast: bool, reduction: str) -
         assert (a - truth).norm() <= 2 * (b - truth).norm() + 1e-6 * truth.norm()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_int32_targets(reduction: str) -> None:
+    hidden, weight, targets = inputs(2, 7)
+    expected = value_and_gradients(linear_cross_entropy, (hidden, weight, targets), reduction=reduction)
+    narrow = hidden, weight, targets.int()
+    assert_equal(value_and_gradients(linear_cross_entropy, narrow, reduction=reduction), expected, 0)
+    narrow[2][0, 1] = V
+    with pytest.raises(ValueError, match=rf"target {V} is neither"):
+        linear_cross_entropy(*narrow)
+
+
+def test_the_loss_of_a_model_takes_int32_as_it_takes_int64() -> None:
+    model = GPT2(GPT2Config(vocab_size=V, n_positions=8, n_embd=16, n_layer=1, n_head=1)).eval()
+    ids = torch.arange(16).view(2, 8)
+    targets = torch.where(ids % 3 > 0, ids + 1, -100)
+    expected = [model.loss(ids, targets, reduction=reduction) for reduction in REDUCTIONS]
+    for narrow in ((ids.int(), targets), (ids, targets.int()), (ids.int(), targets.int())):
+        assert_equal([model.loss(*narrow, reduction=reduction) for reduction in REDUCTIONS], expected, 0)
+    with pytest.raises(TypeError, match=r"targets must be int64 or int32 token ids, not torch.float32"):
+        model.loss(ids, targets.float())
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch.nn.functional has it from torch 2.13 on")
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_equals_pytorchs_own(reduction: str, ignore_index: int) -> None:
+    hidden, weight, targets = inputs(N, ignored=ignore_index < 0)
+    targets[4:6] = ignore_index
+
+    def theirs(hidden: Tensor, weight: Tensor, targets: Tensor, **settings: Any) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=5)  # type: ignore[attr-defined]
+        return F.linear_cross_entropy(hidden, weight, targets, options=options, **settings)  # type: ignore[attr-defined]
+
+    settings = {"reduction": reduction, "ignore_index": ignore_index}
+    actual = value_and_gradients(linear_cross_entropy, (hidden, weight, targets), chunk_size=5, **settings)
+    assert_equal(actual, value_and_gradients(theirs, (hidden, weight, targets), **settings))
+
+
+def sum_of_losses(f: Callable[..., Tensor], reduction: str) -> Callable[..., Tensor]:
+    return lambda hidden, weight, targets: f(hidden, weight, targets, reduction=reduction).sum()
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "grad": lambda f: torch.func.grad(f, argnums=(0, 1)),
+    "jacrev": lambda f: torch.func.jacrev(f, argnums=(0, 1)),
+    "jacfwd": lambda f: torch.func.jacfwd(f, argnums=(0, 1)),
+    "hessian": lambda f: torch.func.hessian(f),
+    "jvp": lambda f: lambda h, w, t: torch.func.jvp(lambda h, w: f(h, w, t), (h, w), (h.cos(), w.sin())),
+    "vmap": lambda f: lambda h, w, t: torch.vmap(f, (0, None, 0))(h[:, None], w, t[:, None]),
+    "gradients of samples": lambda f: (
+        lambda h, w, t: torch.vmap(torch.func.grad(f, argnums=1), (0, None, 0))(h[:, None], w, t[:, None])
+    ),
+    "jit.trace": lambda f: lambda h, w, t: torch.jit.trace(f, (h[:3], w, t[:3]))(h, w, t),
+    "make_fx": lambda f: lambda h, w, t: make_fx(f)(h, w, t)(h.flip(0), w, t.flip(0)),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_transforms(transform: str, reduction: str) -> None:
+    hidden, weight, targets = inputs(4, ignored=reduction != "mean")
+    data = hidden.detach(), weight.detach(), targets
+    ours, theirs = (sum_of_losses(f, reduction) for f in (linear_cross_entropy, plain))
+    torch.testing.assert_close(TRANSFORMS[transform](ours)(*data), TRANSFORMS[transform](theirs)(*data))
+
+
+def test_forward_mode() -> None:
+    hidden, weight, targets = inputs(N)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(hidden, torch.ones_like(hidden))
+        tangents = [forward_ad.unpack_dual(f(dual, weight, targets)).tangent for f in (linear_cross_entropy, plain)]
+    assert tangents[1] is not None
+    torch.testing.assert_close(*tangents)
+
+
 def test_targets_outside_the_vocabulary() -> None:
     hidden, weight, targets = inputs(N)
     for wrong in (V, -1, -101):
@@ -181,7 +260,10 @@ def test_arguments_that_do_not_fit() -> None:
         (ValueError, "chunk_size", (hidden, weight, targets), {"chunk_size": 0}),
         (ValueError, r"\(23, 8\), \(101, 8\), \(22,\)", (hidden, weight, targets[1:]), {}),
         (ValueError, "fit together", (hidden, weight[:, 1:], targets), {}),
-        (TypeError, "int64", (hidden, weight, targets.int()), {}),
+        (TypeError, "targets must be int64 or int32 token ids, not torch.float64", (hidden, weight, hidden[:, 0]), {}),
+        (TypeError, "not torch.int16", (hidden, weight, targets.short()), {}),
+        (ValueError, "on one device, not on cpu, cpu, meta", (hidden, weight, targets.to("meta")), {}),
+        (ValueError, "on one device, not on meta, cpu, cpu", (hidden.to("meta"), weight, targets), {}),
         (TypeError, "float64 but weight is torch.float32", (hidden, weight.float(), targets), {}),
     ]
     for error, match, arguments, options in cases:

@@ -49,13 +49,10 @@ def test_prediction_is_what_is_allocated(batch: int, length: int, recompute: str
         model.zero_grad()
         between, most = allocated(model, ids)
         predicted = footprint(config, batch, length, checkpoint_every=k, recompute=recompute)
-        # Each checkpoint also keeps the state of the random number generator, which 124M would not show.
-        checkpoints = sum(s.recomputed for s in memory.segments(4, k)) + (4 if recompute == "pointwise" else 0)
-        random_state = 5056 * checkpoints
-        assert predicted.activations == pytest.approx(between - random_state, rel=0.01), k
+        assert predicted.activations == pytest.approx(between, rel=0.01), k
         tensors = (predicted.peak - memory.RUNTIME_BYTES) / memory.PACKING
         peak = tensors - predicted.weights - predicted.optimizer
-        assert peak == pytest.approx(most - random_state, rel=0.03), k
+        assert peak == pytest.approx(most, rel=0.03), k
 
 
 def test_gradients_of_earlier_micro_batches_are_counted() -> None:
@@ -102,7 +99,7 @@ def test_every_notch_is_there_once_least_memory_first() -> None:
     settings = [(f.checkpoint_every, f.recompute) for f in found]
     assert len(set(settings)) == len(settings) == 12 + 11 + 12
     least, most = found[0], found[-1]
-    assert least.checkpoint_every == 1
+    assert (least.checkpoint_every, least.recompute) == (1, "block")  # as in the README's table of what was measured
     assert (most.checkpoint_every, most.recompute) == (0, "block")
 
 

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as F
 
 from minigpt2 import GPT2Config
 from minigpt2.bench.generate import bench_generate, memory_rates
+from minigpt2.bench.loss import bench_loss
 from minigpt2.bench.memory import bench_memory
 from minigpt2.bench.step import bench_step, roofline_seconds
 from minigpt2.bench.worker import Job, measure
@@ -65,6 +67,19 @@ def test_bench_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.startswith("bench generate: ")
     assert printed.count("of the memory-bandwidth limit") == printed.count("the same ids") == 2
     assert all(rate > 0 for rate in memory_rates(2**16))
+
+
+def test_bench_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench_loss(tokens=2, rounds=2)
+    assert list(found) == (["minigpt2", "torch"] if hasattr(F, "linear_cross_entropy") else ["minigpt2"])
+    for seconds, peak in found.values():
+        assert len(seconds) == 2
+        assert peak > 0.9 * 4 * 50257 * 768  # the gradient of the head
+    printed = capsys.readouterr().out
+    assert printed.startswith("bench loss: ")
+    assert "minigpt2: " in printed
+    with pytest.raises(ValueError, match="must be >= 1"):
+        bench_loss(tokens=0)
 
 
 def test_a_generation_that_does_not_fit_is_refused() -> None:
