@@ -16,7 +16,7 @@ further.
 
 With reduction="none" each loss receives a gradient of its own, which the forward pass cannot know. The backward pass
 then computes the logits again, chunk by chunk: a fourth product.
-
+"""
 
 from typing import Any
 
