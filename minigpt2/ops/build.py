@@ -131,8 +131,10 @@ def _built(name: str, sources: tuple[str, ...]) -> Path:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that the system releases when its process ends, however it ends."""
-    import fcntl  # which Windows lacks; nothing is compiled there
-
+    try:
+        import fcntl
+    except ImportError:
+        raise Unavailable("building it needs the module fcntl, which this Python lacks") from None
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import arguments, command, curve, environment, launch, make_inputs
+from tiny_runs import arguments, command, curve, environment, launch, run_here
 
-import train
-from minigpt2.data.batches import Batches, DataError
 from minigpt2.training.snapshot import newest
 
 SETTINGS = {"accumulate": 2, "snapshot_every": 10, "max_steps": 20, "warmup": 3, "keep": 9}
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
 def single(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     out = tmp_path_factory.mktemp("single") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *inputs, *arguments(SETTINGS), "--out", str(out)])
-        assert train.main() == 0
+    run_here(*inputs, *arguments(SETTINGS), "--out", str(out))
     return out
 
 
@@ -60,9 +48,7 @@ def sharded(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     """The run of two processes with FSDP2 and recomputation."""
     out = tmp_path_factory.mktemp("sharded") / "run"
     settings = arguments(SETTINGS | {"parallel": "fsdp", "checkpoint_every": 1})
-    result = launch(*inputs, *settings, "--out", str(out), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "cpu x 2 (fsdp)" in result.stdout
+    assert "cpu x 2 (fsdp)" in launch(*inputs, *settings, "--out", str(out), processes=2)
     return out
 
 
@@ -71,10 +57,9 @@ def test_fsdp_equals_one_process(sharded: Path, single: Path) -> None:
 
 
 def test_ddp_equals_one_process(inputs: list[str], single: Path, tmp_path: Path) -> None:
-    result = launch(*inputs, *arguments(SETTINGS), "--out", str(tmp_path / "run"), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "cpu x 2 (ddp)" in result.stdout
-    assert result.stdout.count("validation loss before training") == 1
+    printed = launch(*inputs, *arguments(SETTINGS), "--out", str(tmp_path / "run"), processes=2)
+    assert "cpu x 2 (ddp)" in printed
+    assert printed.count("validation loss before training") == 1
     check_alike(tmp_path / "run", single)
 
 
@@ -85,21 +70,15 @@ def rewound(run: Path, to: Path) -> Path:
     return to
 
 
-def test_a_snapshot_of_two_processes_resumes_on_one(
-    sharded: Path, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_snapshot_of_two_processes_resumes_on_one(run, sharded: Path, single: Path, tmp_path: Path) -> None:
     out = rewound(sharded, tmp_path / "run")
-    monkeypatch.setattr("sys.argv", ["train.py", "--out", str(out), "--resume"])
-    assert train.main() == 0
-    assert "step-00000010" in capsys.readouterr().out
+    assert "step-00000010" in run(out, resume=True)
     check_alike(out, single)
 
 
 def test_a_snapshot_of_one_process_resumes_on_two(single: Path, tmp_path: Path) -> None:
     out = rewound(single, tmp_path / "run")
-    result = launch("--out", str(out), "--resume", "--parallel", "fsdp", processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "step-00000010" in result.stdout
+    assert "step-00000010" in launch("--out", str(out), "--resume", "--parallel", "fsdp", processes=2)
     check_alike(out, single)
 
 
@@ -160,26 +139,6 @@ def test_a_signal_to_torchrun_leaves_a_snapshot(endless: subprocess.Popen[bytes]
     assert found.step == len(curve(tmp_path / "run"))
 
 
-def test_no_process_reads_anothers_rows() -> None:
-    tokens = np.arange(1003, dtype=np.uint16)
-    alone = Batches(tokens, 4, 10, seed=5)
-    ranks = [Batches(tokens, 4, 10, seed=5, rank=rank, world=2) for rank in range(2)]
-    for batch, *parts in itertools.islice(zip(alone, *ranks, strict=True), 30):
-        assert torch.equal(torch.cat([part[0] for part in parts]), batch[0])
-        assert torch.equal(torch.cat([part[1] for part in parts]), batch[1])
-        assert {len(part[0]) for part in parts} == {2}
-    assert alone.position == ranks[0].position == ranks[1].position
-
-
-def test_a_batch_that_cannot_be_shared() -> None:
-    with pytest.raises(DataError, match="a batch of 4 sequences cannot be shared evenly by 3 processes"):
-        Batches(np.arange(1003, dtype=np.uint16), 4, 10, seed=5, world=3)
-
-
-def test_parallel_needs_torchrun(
-    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["train.py", *inputs, "--out", str(tmp_path / "run"), "--parallel", "fsdp"])
-    assert train.main() == 2
-    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+def test_parallel_needs_torchrun(run, tmp_path: Path) -> None:
+    assert "torchrun --nproc-per-node" in run(tmp_path / "run", parallel="fsdp", status=2)
     assert not (tmp_path / "run").exists()

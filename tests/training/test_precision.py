@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import arguments, curve, make_inputs
+from tiny_runs import arguments, curve, rows, run_here
 from torch import Tensor
 
 import minigpt2.model
-import train
 from minigpt2 import GPT2, GPT2Config
 from minigpt2.training.guards import first_nonfinite
 from minigpt2.training.parallel import LossSum, Processes
@@ -93,27 +93,21 @@ def test_weights_and_gradients_stay_float32(precision: str) -> None:
     assert loss == pytest.approx(model().loss(*batch(2)).item(), rel=1e-2)
 
 
+LEARNING = {"max_steps": 200, "snapshot_every": 0, "eval_every": 200, "checkpoint_every": 1}
+
+
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def run(inputs: list[str], monkeypatch: pytest.MonkeyPatch):
-    def call(out: Path, *flags: str, **settings: object) -> int:
-        argv = ["train.py", *inputs, "--out", str(out), *arguments(settings), *flags]
-        monkeypatch.setattr("sys.argv", argv)
-        return train.main()
-
-    return call
+def reference(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The curve in float32."""
+    out = tmp_path_factory.mktemp("reference")
+    run_here(*inputs, "--out", str(out), *arguments(LEARNING))
+    return curve(out)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_follows_float32(run, tmp_path: Path, precision: str) -> None:
-    common = {"max_steps": 200, "snapshot_every": 0, "eval_every": 200, "checkpoint_every": 1}
-    for name in ("fp32", precision):
-        assert run(tmp_path / name, precision=name, **common) == 0
-    reference, half = curve(tmp_path / "fp32"), curve(tmp_path / precision)
+def test_half_precision_follows_float32(run, reference, tmp_path: Path, precision: str) -> None:
+    run(tmp_path, precision=precision, **LEARNING)
+    half = curve(tmp_path)
     assert reference[-1]["val_loss"] < reference[0]["val_loss_before"] - 1.5, "it learned"
     assert [row["loss"] for row in reference] != [row["loss"] for row in half]
     assert half[-1]["val_loss"] == pytest.approx(reference[-1]["val_loss"], rel=0.02)
@@ -121,16 +115,16 @@ def test_half_precision_follows_float32(run, tmp_path: Path, precision: str) -> 
     assert last[1] == pytest.approx(last[0], rel=0.02)
 
 
-def test_overflow_in_fp16_skips_the_step_and_says_so(run, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_overflow_in_fp16_skips_the_step_and_says_so(run, tmp_path: Path, monkeypatch) -> None:
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**40))
-    assert run(tmp_path, precision="fp16", max_steps=30) == 0
-    rows = curve(tmp_path)
-    skipped = [row["step"] for row in rows if row.get("skipped")]
+    printed = run(tmp_path, precision="fp16", max_steps=30)
+    assert "step 1: a gradient overflowed in fp16; step skipped, loss scale halved" in printed
+    steps = curve(tmp_path)
+    skipped = [row["step"] for row in steps if row.get("skipped")]
     assert skipped == list(range(1, len(skipped) + 1))
     assert 1 <= len(skipped) < 30
-    assert "step 1: a gradient overflowed in fp16; step skipped, loss scale halved" in capsys.readouterr().out
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert steps[-1]["loss"] < steps[0]["loss"]
 
 
 class Poison(torch.autograd.Function):
@@ -202,63 +196,41 @@ def test_a_sound_model_is_not_blamed_and_the_hooks_go() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.fixture
-def poisoned_step(monkeypatch: pytest.MonkeyPatch):
-    """poisoned_step(step, how): that step fails, and only that one."""
-    advance = train.Trainer.advance
-
-    def arm(step: int, how: str) -> None:
-        def patched(self):
-            if self.step + 1 != step:
-                return advance(self)
-            c_proj = self.model.h[1].mlp.c_proj
-            poison(self.model, how)
-            try:
-                return advance(self)
-            finally:
-                c_proj._forward_hooks.clear()
-                c_proj.__dict__.pop("forward", None)
-
-        monkeypatch.setattr(train.Trainer, "advance", patched)
-
-    return arm
+def heal(network: GPT2) -> None:
+    """Undo `poison`, but for a weight."""
+    c_proj = network.h[1].mlp.c_proj
+    c_proj._forward_hooks.clear()
+    c_proj.__dict__.pop("forward", None)
 
 
 @pytest.mark.parametrize(("how", "named"), CULPRITS[:2])
-def test_a_bad_step_stops_the_run_before_it(run, poisoned_step, monkeypatch, tmp_path, capsys, how, named) -> None:
+def test_a_bad_step_stops_the_run_before_it(run, at_step, tmp_path: Path, how: str, named: str) -> None:
     common = {"max_steps": 12, "dropout": 0.1, "snapshot_every": 5, "accumulate": 2}
-    assert run(tmp_path / "whole", **common) == 0
-    with monkeypatch.context():
-        poisoned_step(8, how)
-        assert run(tmp_path / "bad", **common) == 1
-    error = capsys.readouterr().err
+    run(tmp_path / "whole", **common)
+    at_step(8, lambda trainer: poison(trainer.model, how))
+    error = run(tmp_path / "bad", **common, status=1)
     assert "step 8: the loss is" in error
     assert f"{named} is the first that is not finite" in error
     assert "snapshot from before, of step 7" in error
     assert len(curve(tmp_path / "bad")) == 7
-    monkeypatch.undo()
-    monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path / "bad"), "--resume"])
-    assert train.main() == 0  # the fault is gone: the run is what it would have been
+    run(tmp_path / "bad", resume=True)  # the fault is gone: the run is what it would have been
     assert curve(tmp_path / "bad") == curve(tmp_path / "whole")
 
 
-def test_a_bad_step_is_skipped_if_asked(run, poisoned_step, tmp_path, capsys) -> None:
-    poisoned_step(4, "forward")
-    assert run(tmp_path, max_steps=8, on_nonfinite="skip") == 0
-    rows = curve(tmp_path)
-    assert [row["step"] for row in rows if row.get("skipped")] == [4]
-    assert rows[3]["loss"] is None, "JSON has no NaN"
-    assert all(math.isfinite(row["loss"]) for row in rows if row["step"] != 4)
-    assert "; step skipped" in capsys.readouterr().out
+def test_a_bad_step_is_skipped_if_asked(run, at_step, tmp_path: Path) -> None:
+    at_step(4, lambda trainer: poison(trainer.model, "forward"))
+    at_step(5, lambda trainer: heal(trainer.model))
+    assert "; step skipped" in run(tmp_path, max_steps=8, on_nonfinite="skip")
+    steps = curve(tmp_path)
+    assert [row["step"] for row in steps if row.get("skipped")] == [4]
+    assert steps[3]["loss"] is None, "JSON has no NaN"
+    assert all(math.isfinite(row["loss"]) for row in steps if row["step"] != 4)
 
 
 def test_metrics(run, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    import json
-
-    assert run(tmp_path, "--tensorboard", max_steps=3) == 0
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
+    run(tmp_path, tensorboard=True, max_steps=3)
+    for row in rows(tmp_path):
         assert {"loss", "lr", "grad_norm", "seconds", "tokens_per_second", "mfu", "peak_memory_gib"} <= row.keys()
         assert all(row[key] > 0 for key in ("grad_norm", "lr", "tokens_per_second", "mfu", "peak_memory_gib"))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,27 +1,27 @@
-"""Token files: the same tokens however they came about, in memory that does not grow."""
+"""Text to token files: the same tokens however they came about, in memory that does not grow."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import resource
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import documents as texts_of
+from corpora import encode, read_documents, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import read_documents
 
 from minigpt2.__main__ import main
 from minigpt2.data import documents, prepare
-from minigpt2.data.batches import Batches, fingerprint, open_corpus, open_tokens
-from minigpt2.data.documents import DataError, read_pieces
+from minigpt2.data.batches import open_corpus, open_tokens
+from minigpt2.data.documents import DataError, read_pieces, standard_library
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
-
-
-def encode(text: str) -> list[int]:
-    return get_tokenizer().encode(text)
 
 
 @pytest.fixture
@@ -39,21 +39,117 @@ def contents(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "train.bin").read_bytes(), (folder / "val.bin").read_bytes()
 
 
-def test_files_hold_the_documents(corpus: Path, tmp_path: Path) -> None:
-    meta = prepare.prepare(corpus, tmp_path / "out", validation_fraction=0.2, progress=False)
-    train, validation = (open_tokens(tmp_path / "out" / name) for name in ("train.bin", "val.bin"))
+def test_files_hold_the_documents_each_once_and_whole(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    meta = prepare.prepare(corpus, out, validation_fraction=0.2, progress=False)
+    train, validation = open_corpus(corpus, out)
     assert isinstance(train, np.memmap)
     assert train.dtype == np.uint16
-    expected = [[*encode(text), END_OF_TEXT] for text in read_documents(corpus)]
-    found = [
-        part.tolist()
-        for tokens in (train, validation)
-        for part in np.split(tokens, np.flatnonzero(tokens == 50256) + 1)
-    ]
-    assert sorted(part for part in found if part) == sorted(expected)
+    texts = list(read_documents(corpus))
+    trained, validated = texts_of(train), texts_of(validation)
+    assert sorted(trained + validated) == sorted(texts)
+    assert trained == [text for text in texts if text in set(trained)]
+    assert sorted([*train, *validation]) == sorted(id for text in texts for id in [*encode(text), END_OF_TEXT])
+    assert 0.2 <= len(validation) / (len(train) + len(validation)) < 0.35
     assert meta["documents"] == 60
     assert (meta["train_tokens"], meta["validation_tokens"]) == (len(train), len(validation))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokens.json", "train.bin", "val.bin"]
+    assert sorted(path.name for path in out.iterdir()) == ["tokens.json", "train.bin", "val.bin"]
+
+
+def test_the_split_depends_on_the_texts_and_not_on_their_names(corpus: Path, tmp_path: Path) -> None:
+    before = set(texts_of(split(corpus, tmp_path / "before")[1]))
+    for i, path in enumerate(sorted(corpus.rglob("*.txt"), reverse=True)):
+        path.rename(corpus / f"renamed-{i:02}.txt")
+    assert set(texts_of(split(corpus, tmp_path / "after")[1])) == before
+
+
+def test_the_longest_document_is_trained_on(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(8):
+        (text / "long").write_text(f"A long story, number {i}. " * 500)
+        (text / "short").write_text(f"A short story, number {i}. " * 10)
+        train, validation = split(text, tmp_path / f"{i}")
+        assert texts_of(validation) == [(text / "short").read_text()]
+        assert texts_of(train) == [(text / "long").read_text()]
+
+
+def test_one_document_gives_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("A long story. " * 200)
+    train, validation = split(path, tmp_path / "out", validation_fraction=0.1)
+    ids = [*encode(path.read_text()), END_OF_TEXT]
+    assert [*train, *validation] == ids
+    assert len(validation) == len(ids) // 10
+
+
+def test_two_tiny_documents_leave_validation_empty(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a").write_text("a")
+    (text / "b").write_text("b")
+    train, validation = split(text, tmp_path / "out")
+    assert (texts_of(train), len(validation)) == (["a", "b"], 0)
+    assert len(open_corpus(text, tmp_path / "out").validation) == 0
+
+
+def test_end_of_text_written_in_a_document_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("before <|endoftext|> after")
+    train, _ = split(path, tmp_path / "out", validation_fraction=0.0)
+    assert train.tolist().count(END_OF_TEXT) == 1
+    assert texts_of(train) == ["before <|endoftext|> after"]
+
+
+def test_a_folder_is_read_in_the_order_of_paths_without_what_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second", encoding="utf-8")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/d.md").write_text("thïrd", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / ".hidden").write_text("hidden")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/config").write_text("hidden")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert list(read_documents(tmp_path)) == ["first", "second", "thïrd"]
+
+
+def test_a_folder_inside_a_hidden_one_is_read(tmp_path: Path) -> None:
+    inside = tmp_path / ".cache" / "corpus"
+    inside.mkdir(parents=True)
+    (inside / "a.txt").write_text("text")
+    assert list(read_documents(inside)) == ["text"]
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin1\.txt: not UTF-8 text: .*position 2"):
+        list(read_documents(path))
+
+
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing: no such file or folder"):
+        prepare.prepare(tmp_path / "nothing", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data", [None, b"", b"\xff"])
+def test_a_folder_without_text_is_named(tmp_path: Path, data: bytes | None) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    if data is not None:
+        (text / "file").write_bytes(data)
+    with pytest.raises(DataError, match=f"{text}: no text found"):
+        prepare.prepare(text, tmp_path / "out", progress=False)
+
+
+def test_the_standard_library_is_there_without_its_tests() -> None:
+    sources = standard_library()
+    assert len(sources) > 300
+    assert Path(dataclasses.__file__) in sources
+    assert not any({"test", "site-packages"} & set(path.parts[-3:]) for path in sources)
+    assert next(read_documents(None)) == sources[0].read_text(encoding="utf-8")
 
 
 def test_processes_change_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,20 +239,19 @@ def test_changed_files_start_it_over(corpus: Path, tmp_path: Path, monkeypatch: 
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_twice_the_corpus_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_larger_corpus_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE", 1 << 14)
     monkeypatch.setattr(prepare, "JOURNAL_EVERY", 1 << 14)
     get_tokenizer()
     peaks = []
-    for n in (1, 2, 8):
+    for n in (1, 8):
         text = tmp_path / f"{n}.txt"
         with text.open("w") as file:
-            for i in range(n * 20_000):
+            for i in range(n * 10_000):
                 file.write(f"The number {i} comes after {i - 1}.\n")
         tracemalloc.start()
-        prepare.prepare(text, tmp_path / f"out{n}", workers=2, progress=False)
-        batches = Batches(open_corpus(tmp_path / f"out{n}", "").train, 8, 32, seed=0)
-        next(batches)
+        prepare.prepare(text, tmp_path / f"out{n}", workers=1, progress=False)
+        open_corpus(text, tmp_path / f"out{n}")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert max(peaks) < 1.2 * peaks[0] + 100_000
@@ -197,14 +292,40 @@ def test_command(corpus: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert capsys.readouterr().err.endswith("nothing: no such file or folder\n")
 
 
-def test_a_file_of_half_a_token(tmp_path: Path) -> None:
-    (tmp_path / "odd.bin").write_bytes(b"abc")
-    with pytest.raises(DataError, match="3 bytes are not a whole number of uint16 tokens"):
-        open_tokens(tmp_path / "odd.bin")
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """The system refuses to write more than 100 bytes to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_fingerprints_tell_corpora_apart() -> None:
-    tokens = np.arange(5000, dtype=np.uint16)
-    assert fingerprint(tokens) == fingerprint(tokens.copy())
-    assert fingerprint(tokens) != fingerprint(tokens[:-1])
-    assert fingerprint(tokens) != fingerprint(tokens + np.uint16(1))
+def test_a_full_disk_is_named_and_ruins_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with full_disk(), pytest.raises(OSError, match=rf"File too large: '{out}/\.part'"):
+        prepare.prepare(corpus, out, progress=False)
+    split_files = prepare._split
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_split", full_disk()(split_files))
+        with pytest.raises(OSError, match=f"File too large: '{out}/train.bin'"):
+            prepare.prepare(corpus, out, progress=False)
+    assert [path.name for path in out.iterdir()] == [".part"]
+    prepare.prepare(corpus, out, progress=False)
+    prepare.prepare(corpus, tmp_path / "fresh", progress=False)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_disk_that_lost_tokens_is_noticed(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_split", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare.prepare(corpus, out, progress=False)
+    tokens = out / ".part" / "tokens.bin"
+    size = tokens.stat().st_size
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(DataError, match=rf"tokens\.bin: {size - 2} bytes, the journal says {size}; delete .*\.part"):
+        prepare.prepare(corpus, out, progress=False)
