@@ -12,8 +12,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -229,7 +229,9 @@ def train() -> int:
     # A wheel has train.py in the package; in a checkout it lies beside it, for people to read.
     path = next(path for path in (here / "_train.py", here.parent / "train.py") if path.exists())
     loader = SourceFileLoader("minigpt2._train", str(path))
-    module = sys.modules[loader.name] = ModuleType(loader.name)
+    spec = spec_from_file_location(loader.name, path, loader=loader)  # with the file, where tyro reads docstrings
+    assert spec is not None
+    module = sys.modules[loader.name] = module_from_spec(spec)
     loader.exec_module(module)
     sys.argv = ["minigpt2 train", *sys.argv[2:]]
     return int(module.main())
