@@ -283,10 +283,10 @@ def _finite(tensor: Tensor) -> bool:
 def sample_text(model: GPT2, n: int, seed: int) -> str:
     """Up to n tokens as text, as many as the context has room for, sampled at temperature 0.8 from the 50 likeliest; a
     document that begins, and those that follow. The vocabulary is that of tokenizer.py."""
-    from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+    from minigpt2.tokenizer import END_OF_TEXT, token_bytes
 
     start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
     generator = torch.Generator(start.device).manual_seed(seed)
     n = min(n, model.config.n_positions - 1)
     ids = generate(model, start, n, temperature=0.8, top_k=50, generator=generator)
-    return get_tokenizer().decode(ids[0, 1:].tolist())
+    return b"".join(map(token_bytes, ids[0, 1:].tolist())).decode(errors="replace")
