@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minigpt2 import memory, tune_allocator
-from minigpt2.command_line import complain, parsed, replace_unprintable
+from minigpt2.command_line import complain, one_line_warnings, parsed, replace_unprintable
 from minigpt2.config import GPT2Config
 from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
 from minigpt2.device import resident_bytes
@@ -393,6 +393,7 @@ def run(config: TrainConfig, processes: Processes) -> int:
 def main() -> int:
     replace_unprintable()
     with ExitStack() as stack:
+        stack.enter_context(one_line_warnings(Path(sys.argv[0]).name))
         try:
             config = read_settings()
             config.check()

@@ -9,17 +9,16 @@ import codecs
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from minigpt2 import __version__
-from minigpt2.command_line import deferred, parsed, replace_unprintable
+from minigpt2.command_line import deferred, one_line_warnings, parsed, replace_unprintable
 
 if TYPE_CHECKING:
     import torch
@@ -56,12 +55,12 @@ def generate(
     import torch
 
     from minigpt2.generate import stream
-    from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+    from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer, token_bytes
 
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"--seed must be from 0 to 2**64 - 1, got {seed}")
-    tokenizer, (network, place) = get_tokenizer(), _load(model, attention, device)
-    ids = torch.tensor([tokenizer.encode_ordinary(prompt)], dtype=torch.long, device=place)
+    network, place = _load(model, attention, device)
+    ids = torch.tensor([get_tokenizer().encode_ordinary(prompt)], dtype=torch.long, device=place)
     generator = None if seed is None else torch.Generator(place).manual_seed(seed)
     tokens = stream(
         network,
@@ -78,9 +77,7 @@ def generate(
     for token in tokens:
         if token.item() == END_OF_TEXT:
             continue
-        # A vocabulary that was padded has ids without a text.
-        piece = tokenizer.decode_single_token_bytes(int(token)) if token < tokenizer.n_vocab else b"\xff"
-        print(unprinted + decoder.decode(piece), end="", flush=True)
+        print(unprinted + decoder.decode(token_bytes(int(token))), end="", flush=True)
         unprinted = ""
     print(unprinted + decoder.decode(b"", final=True))
 
@@ -231,7 +228,9 @@ def train() -> int:
     # A wheel has train.py in the package; in a checkout it lies beside it, for people to read.
     path = next(path for path in (here / "_train.py", here.parent / "train.py") if path.exists())
     loader = SourceFileLoader("minigpt2._train", str(path))
-    module = sys.modules[loader.name] = ModuleType(loader.name)
+    spec = spec_from_file_location(loader.name, path, loader=loader)  # with the file, where tyro reads docstrings
+    assert spec is not None
+    module = sys.modules[loader.name] = module_from_spec(spec)
     loader.exec_module(module)
     sys.argv = ["minigpt2 train", *sys.argv[2:]]
     return int(module.main())
@@ -269,8 +268,7 @@ def main() -> int:
     if sys.argv[1:2] == ["train"]:  # it has an exit status of its own
         return train()
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"minigpt2: {message}", file=sys.stderr)
+        with one_line_warnings("minigpt2"):
             if sys.argv[1:2] == ["bench"]:  # it has verbs of its own
                 bench()
             else:

@@ -1,4 +1,4 @@
-"""Command lines: what is wrong with one, in one line; and printing, wherever it goes."""
+"""Command lines: what is wrong with one and what it warns of, in one line; and printing, wherever it goes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import functools
 import io
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["complain", "deferred", "parsed", "replace_unprintable"]
+__all__ = ["complain", "deferred", "one_line_warnings", "parsed", "replace_unprintable"]
 
 T = TypeVar("T")
 
@@ -46,6 +47,14 @@ def _one_line(box: str) -> str:
     sections = " ".join("\0" if row and not row.strip("─") else row for row in rows).split("\0")
     texts = [" ".join(section.split()).rstrip(".") for section in sections]
     return "; ".join(text for text in texts if not text.startswith("Argument helptext"))
+
+
+@contextlib.contextmanager
+def one_line_warnings(program: str) -> Iterator[None]:
+    """Print the warnings of the block as a user reads them: a line each, without the code that gave them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"{program}: {message}", file=sys.stderr)
+        yield
 
 
 def replace_unprintable() -> None:

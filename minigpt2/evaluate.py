@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minigpt2.data.batches import DataError, Tokens, open_tokens
 from minigpt2.data.prepare import tokenise
-from minigpt2.generate import evaluation_mode, nonfinite
+from minigpt2.generate import NonFiniteError, evaluation_mode, nonfinite
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.model import GPT2
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
@@ -74,8 +74,8 @@ def evaluate(
     Windows of `length` tokens (default: the context length) move by `stride` (default: half of it), so a token is
     predicted from at least length - stride tokens where there are as many; stride 1 gives each all the context the
     model can take. `batch` windows run at a time, in memory that does not depend on n. Draws no random numbers, and
-    leaves each module in its mode. Raises ValueError for a length or stride that does not fit and for weights or a loss
-    that are not finite, DataError when there are no tokens.
+    leaves each module in its mode. Raises ValueError for a length or stride that does not fit, NonFiniteError for
+    weights or a loss that are not finite, DataError when there are no tokens.
     """
     length = model.config.n_positions if length is None else length
     stride = max(1, length // 2) if stride is None else stride
@@ -89,7 +89,7 @@ def evaluate(
     if not len(tokens):
         raise DataError("there are no tokens to evaluate")
     if (problem := nonfinite(model)) is not None:
-        raise ValueError(problem)
+        raise NonFiniteError(problem)
     sizes = bytes_of_tokens()
     nats, n_bytes = 0.0, 0
     with (
@@ -100,7 +100,7 @@ def evaluate(
             losses = _losses(model, tokens, group)
             nats += losses.double().sum().item()
             if not math.isfinite(nats):
-                raise ValueError(
+                raise NonFiniteError(
                     f"the loss is {nats}: with weights that are finite, the model overflows {losses.dtype}"
                 )
             for window in group:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KVCache",
+    "NonFiniteError",
     "Sampling",
     "evaluation_mode",
     "generate",
@@ -28,6 +29,10 @@ __all__ = [
     "sample_text",
     "stream",
 ]
+
+
+class NonFiniteError(ValueError):
+    """Weights, logits, losses or gradients that are infinite or not a number. Says where they came from."""
 
 
 class LayerCache:
@@ -196,7 +201,9 @@ def _stream(
         with torch.no_grad(), evaluation_mode(model):
             logits = model.next_logits(feed, mask, cache)  # (B, V)
             if not _finite(logits):
-                raise ValueError(f"the logits are not finite: {nonfinite(model) or f'they overflow {logits.dtype}'}")
+                raise NonFiniteError(
+                    f"the logits are not finite: {nonfinite(model) or f'they overflow {logits.dtype}'}"
+                )
             token = sampling.draw(logits, generator)
             if eos_token_id is not None:
                 token = token.masked_fill(done, eos_token_id)
@@ -230,8 +237,8 @@ def generate(
     prompts is padded on the left, with 0 at the padding in `attention_mask` (B, T). A row that produced `eos_token_id`
     is filled up with it, and generation ends when every row has. At the context length it ends with a warning.
     `generator` draws the samples (the default generator of torch if None). Dropout is off, whatever the model's mode,
-    which stays what it is. Raises ValueError for an empty or too long prompt, ids outside the vocabulary, sampling
-    settings out of range, or weights that give logits which are not finite.
+    which stays what it is. Raises ValueError for an empty or too long prompt, ids outside the vocabulary or sampling
+    settings out of range; NonFiniteError, which is one, for weights that give logits which are not finite.
     """
     tokens = stream(
         model,
@@ -276,10 +283,10 @@ def _finite(tensor: Tensor) -> bool:
 def sample_text(model: GPT2, n: int, seed: int) -> str:
     """Up to n tokens as text, as many as the context has room for, sampled at temperature 0.8 from the 50 likeliest; a
     document that begins, and those that follow. The vocabulary is that of tokenizer.py."""
-    from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+    from minigpt2.tokenizer import END_OF_TEXT, token_bytes
 
     start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
     generator = torch.Generator(start.device).manual_seed(seed)
     n = min(n, model.config.n_positions - 1)
     ids = generate(model, start, n, temperature=0.8, top_k=50, generator=generator)
-    return get_tokenizer().decode(ids[0, 1:].tolist())
+    return b"".join(map(token_bytes, ids[0, 1:].tolist())).decode(errors="replace")

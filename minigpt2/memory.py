@@ -251,7 +251,7 @@ def parse_bytes(text: str) -> int:
     units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
     units |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
-    if not match or match[2] not in units or not float(match[1]):
+    if not match or match[2] not in units or not 0 < float(match[1]) < 1e30:
         raise ValueError(f"expected an amount of memory such as 4GiB or 512MiB, got {text!r}")
     return int(float(match[1]) * units[match[2]])
 

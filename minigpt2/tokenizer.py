@@ -10,7 +10,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-__all__ = ["END_OF_TEXT", "get_tokenizer"]
+__all__ = ["END_OF_TEXT", "get_tokenizer", "token_bytes"]
 
 END_OF_TEXT = 50256
 """The id of <|endoftext|>, which separates documents."""
@@ -41,3 +41,10 @@ def get_tokenizer() -> tiktoken.Encoding:
         special_tokens={"<|endoftext|>": END_OF_TEXT},
         explicit_n_vocab=END_OF_TEXT + 1,
     )
+
+
+def token_bytes(token: int) -> bytes:
+    """The bytes that a token stands for. An id after the tokenizer's, as a padded vocabulary has them, stands for a byte
+    that is no character's."""
+    tokenizer = get_tokenizer()
+    return tokenizer.decode_single_token_bytes(token) if token < tokenizer.n_vocab else b"\xff"

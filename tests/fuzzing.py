@@ -33,9 +33,9 @@ def run(case: Case, n: int, seed: int, *, first: int = 0) -> tuple[list[str], Co
     return findings, counts
 
 
-def main(case: Case) -> None:
+def main(case: Case, n: int = 10_000) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--n", type=int, default=10_000, help="cases")
+    parser.add_argument("--n", type=int, default=n, help="cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the first case, to repeat one of a run")
     arguments = parser.parse_args()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt2 import tokenizer as module
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer, token_bytes
 
 TEXTS = [
     "",
@@ -34,6 +34,11 @@ def rule():
 @pytest.fixture(scope="module")
 def theirs():
     return fuzz_tokenizer.hugging_face()
+
+
+def test_an_id_beyond_the_tokenizer_stands_for_no_character():
+    assert [token_bytes(i) for i in (0, END_OF_TEXT)] == [b"!", b"<|endoftext|>"]
+    assert token_bytes(50257) == token_bytes(60000) == b"\xff"
 
 
 def test_published_facts():

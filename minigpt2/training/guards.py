@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minigpt2.generate import NonFiniteError
+
 __all__ = ["NonFiniteError", "Stop", "first_nonfinite", "stop_on_signals"]
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is infinite or not a number. Says where it came from."""
 
 
 class Stop:
