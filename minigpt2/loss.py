@@ -18,8 +18,9 @@ With reduction="none" each loss receives a gradient of its own, which the forwar
 then computes the logits again, chunk by chunk: a fourth product.
 
 PyTorch has had torch.nn.functional.linear_cross_entropy since 2.13, which is chunked too. For 2048 tokens, in chunks of
-the same size, it took 1.49 times as long [1.17, 1.58] and 366 MiB where this took 222 (`minigpt2 bench loss --tokens 2048
---rounds 5`, 2 threads of an AMD EPYC with AVX-512, torch 2.13.0). The tests hold the two to the same numbers.
+the same size, it took 1.49 times as long [1.17, 1.58] and 366 MiB where this took 222 (`minigpt2 bench loss
+--tokens 2048 --rounds 5`, 2 threads of an AMD EPYC with AVX-512, torch 2.13.0). The tests hold the two to the same
+numbers.
 """
 
 from typing import Any

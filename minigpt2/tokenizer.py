@@ -44,7 +44,7 @@ def get_tokenizer() -> tiktoken.Encoding:
 
 
 def token_bytes(token: int) -> bytes:
-    """The bytes that a token stands for. An id after the tokenizer's, as a padded vocabulary has them, stands for a byte
-    that is no character's."""
+    """The bytes that a token stands for. An id after the tokenizer's, as in a padded vocabulary, stands for a byte that
+    is no character's."""
     tokenizer = get_tokenizer()
     return tokenizer.decode_single_token_bytes(token) if token < tokenizer.n_vocab else b"\xff"
