@@ -14,5 +14,5 @@ export UBSAN_OPTIONS=print_stacktrace=1
 # the tests of building and of memory use.
 PYTHONPATH=.:tests "${PYTHON:-python}" -m pytest -q -p no:cacheprovider \
     tests/ops/attention/test_fused_accuracy.py tests/ops/attention/test_fused_dropout.py tests/ops/attention/test_fused_op.py \
-    tests/ops/test_dropout.py tests/ops/test_gelu.py tests/ops/test_product.py \
+    tests/ops/test_dropout.py tests/ops/test_gelu.py tests/ops/test_products.py \
     -k "not compile and not interpreter" "$@"
