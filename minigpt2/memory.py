@@ -201,7 +201,7 @@ class _Sizes:
         # gradients of the residual stream and of c_proj's output, and what a pointwise block has recomputed: the
         # outputs of GELU and LayerNorm. After it there is the gradient of GELU's output, which takes the place of that
         # output where it was recomputed; then that of GELU's input, and no longer that of c_proj's output.
-        again = 2 * self.R if pointwise else 0
+        again = 2 * (self.R + self.statistics) if pointwise else 0
         self.live_backward = 2 * self.R + act
         self.recomputed_backward = again + self.R + (2 * act if pointwise else act)
         if plain and onednn_serves(B * T * C * inner):

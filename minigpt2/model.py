@@ -173,6 +173,9 @@ class GPT2(nn.Module):
 
         input_ids and targets (B, T); targets are already shifted: targets[b, t] is the token after input_ids[b, t].
         """
+        if targets.shape != input_ids.shape:
+            shapes = tuple(input_ids.shape), tuple(targets.shape)
+            raise ValueError(f"targets must have the shape of input_ids {shapes[0]}, got {shapes[1]}")
         hidden = self.hidden(input_ids, attention_mask)
         return linear_cross_entropy(hidden, self.wte.weight, targets, reduction=reduction)
 
