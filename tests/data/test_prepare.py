@@ -12,16 +12,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import documents as texts_of
-from corpora import encode, read_documents, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt2.__main__ import main
 from minigpt2.data import documents, prepare
-from minigpt2.data.batches import open_corpus, open_tokens
+from minigpt2.data.batches import Batches, open_corpus, open_tokens
 from minigpt2.data.documents import DataError, read_pieces, standard_library
 from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+
+
+def encode(text: str) -> list[int]:
+    return get_tokenizer().encode_ordinary(text)
+
+
+def read_documents(path: Path | None, separator: str | None = None) -> Iterator[str]:
+    """The documents under `path`, each of them one string."""
+    text = ""
+    for piece in read_pieces(path, separator):
+        text += piece.text
+        if piece.ends:
+            yield text
+            text = ""
+
+
+def texts_of(tokens: np.ndarray) -> list[str]:
+    """The documents of a split, each of which must end with <|endoftext|>."""
+    *found, rest = np.split(tokens, np.flatnonzero(tokens == END_OF_TEXT) + 1)
+    assert not len(rest)
+    return [get_tokenizer().decode(document[:-1].tolist()) for document in found]
+
+
+def split(path: Path, out: Path, validation_fraction: float = 0.05) -> tuple[list[str], list[str]]:
+    """The documents under `path` that go to training and to validation."""
+    prepare.prepare(path, out, validation_fraction=validation_fraction, progress=False)
+    train, validation = map(texts_of, open_corpus(None, out))
+    return train, validation
 
 
 @pytest.fixture
@@ -39,48 +65,49 @@ def contents(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "train.bin").read_bytes(), (folder / "val.bin").read_bytes()
 
 
-def test_files_hold_the_documents_each_once_and_whole(corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    meta = prepare.prepare(corpus, out, validation_fraction=0.2, progress=False)
-    train, validation = open_corpus(corpus, out)
-    assert isinstance(train, np.memmap)
-    assert train.dtype == np.uint16
+def test_splits_hold_whole_documents_each_once(corpus: Path, tmp_path: Path) -> None:
+    meta = prepare.prepare(corpus, tmp_path / "out", validation_fraction=0.2, progress=False)
+    splits = open_corpus(None, tmp_path / "out")
+    assert all(isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 for tokens in splits)
+    n_train, n_validation = map(len, splits)
+    assert (meta["documents"], meta["train_tokens"], meta["validation_tokens"]) == (60, n_train, n_validation)
+    assert 0.2 <= n_validation / (n_train + n_validation) < 0.35
     texts = list(read_documents(corpus))
-    trained, validated = texts_of(train), texts_of(validation)
-    assert sorted(trained + validated) == sorted(texts)
-    assert trained == [text for text in texts if text in set(trained)]
-    assert sorted([*train, *validation]) == sorted(id for text in texts for id in [*encode(text), END_OF_TEXT])
-    assert 0.2 <= len(validation) / (len(train) + len(validation)) < 0.35
-    assert meta["documents"] == 60
-    assert (meta["train_tokens"], meta["validation_tokens"]) == (len(train), len(validation))
-    assert sorted(path.name for path in out.iterdir()) == ["tokens.json", "train.bin", "val.bin"]
+    train, validation = map(texts_of, splits)
+    assert sorted(train + validation) == sorted(texts)
+    assert all(part == [text for text in texts if text in part] for part in (train, validation))
+    assert sorted([*splits.train, *splits.validation]) == sorted(id for t in texts for id in [*encode(t), END_OF_TEXT])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokens.json", "train.bin", "val.bin"]
 
 
 def test_the_split_depends_on_the_texts_and_not_on_their_names(corpus: Path, tmp_path: Path) -> None:
-    before = set(texts_of(split(corpus, tmp_path / "before")[1]))
+    before = set(split(corpus, tmp_path / "before")[1])
     for i, path in enumerate(sorted(corpus.rglob("*.txt"), reverse=True)):
         path.rename(corpus / f"renamed-{i:02}.txt")
-    assert set(texts_of(split(corpus, tmp_path / "after")[1])) == before
+    assert set(split(corpus, tmp_path / "after")[1]) == before != set()
 
 
 def test_the_longest_document_is_trained_on(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
     for i in range(8):
-        (text / "long").write_text(f"A long story, number {i}. " * 500)
-        (text / "short").write_text(f"A short story, number {i}. " * 10)
-        train, validation = split(text, tmp_path / f"{i}")
-        assert texts_of(validation) == [(text / "short").read_text()]
-        assert texts_of(train) == [(text / "long").read_text()]
+        long, short = f"A long story, number {i}. " * 500, f"A short story, number {i}. " * 10
+        (text / "long").write_text(long)
+        (text / "short").write_text(short)
+        assert split(text, tmp_path / f"{i}") == ([long], [short])
 
 
 def test_one_document_gives_its_end(tmp_path: Path) -> None:
-    path = tmp_path / "one.txt"
+    """And text becomes token files where it is first opened, and is left alone from then on."""
+    path, out = tmp_path / "one.txt", tmp_path / "out"
     path.write_text("A long story. " * 200)
-    train, validation = split(path, tmp_path / "out", validation_fraction=0.1)
     ids = [*encode(path.read_text()), END_OF_TEXT]
+    train, validation = open_corpus(path, out)
     assert [*train, *validation] == ids
-    assert len(validation) == len(ids) // 10
+    assert len(validation) == len(ids) // 20
+    path.unlink()
+    for again in (open_corpus(path, out), open_corpus(out, tmp_path / "unused")):
+        assert [*again.train, *again.validation] == ids
 
 
 def test_two_tiny_documents_leave_validation_empty(tmp_path: Path) -> None:
@@ -88,37 +115,24 @@ def test_two_tiny_documents_leave_validation_empty(tmp_path: Path) -> None:
     text.mkdir()
     (text / "a").write_text("a")
     (text / "b").write_text("b")
-    train, validation = split(text, tmp_path / "out")
-    assert (texts_of(train), len(validation)) == (["a", "b"], 0)
-    assert len(open_corpus(text, tmp_path / "out").validation) == 0
+    assert split(text, tmp_path / "out") == (["a", "b"], [])
 
 
 def test_end_of_text_written_in_a_document_is_text(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     path.write_text("before <|endoftext|> after")
-    train, _ = split(path, tmp_path / "out", validation_fraction=0.0)
-    assert train.tolist().count(END_OF_TEXT) == 1
-    assert texts_of(train) == ["before <|endoftext|> after"]
+    assert split(path, tmp_path / "out", validation_fraction=0.0) == (["before <|endoftext|> after"], [])
 
 
 def test_a_folder_is_read_in_the_order_of_paths_without_what_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("second", encoding="utf-8")
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c/d.md").write_text("thïrd", encoding="utf-8")
-    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
-    (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / ".hidden").write_text("hidden")
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git/config").write_text("hidden")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    assert list(read_documents(tmp_path)) == ["first", "second", "thïrd"]
-
-
-def test_a_folder_inside_a_hidden_one_is_read(tmp_path: Path) -> None:
-    inside = tmp_path / ".cache" / "corpus"
-    inside.mkdir(parents=True)
-    (inside / "a.txt").write_text("text")
-    assert list(read_documents(inside)) == ["text"]
+    folder = tmp_path / ".cache" / "corpus"  # what is above it may be hidden
+    for name, text in {"b.txt": "second", "c/d.md": "thïrd", "a.txt": "first", ".no": "no", ".git/no": "no"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "binary.bin").write_bytes(b"\xff\xfe\x00")
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    (folder / "upwards").symlink_to(folder)
+    assert list(read_documents(folder)) == ["first", "second", "thïrd"]
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
@@ -251,7 +265,7 @@ def test_a_larger_corpus_takes_no_more_memory(tmp_path: Path, monkeypatch: pytes
                 file.write(f"The number {i} comes after {i - 1}.\n")
         tracemalloc.start()
         prepare.prepare(text, tmp_path / f"out{n}", workers=1, progress=False)
-        open_corpus(text, tmp_path / f"out{n}")
+        next(Batches(open_corpus(None, tmp_path / f"out{n}").train, 8, 32, seed=0))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert max(peaks) < 1.2 * peaks[0] + 100_000
