@@ -178,9 +178,8 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
         found = memory.notches(model.config, *step, accumulate=config.accumulate, device=device.type)
         chosen = memory.fastest_that_fits(found, budget, baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        print(
-            f"{chosen.dials}: {memory.format_bytes(chosen.peak + baseline)} expected of {memory.format_bytes(budget)}"
-        )
+        expected, allowed = memory.format_bytes(chosen.peak + baseline), memory.format_bytes(budget)
+        print(f"{chosen.dials}: {expected} expected of {allowed}")
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
@@ -214,12 +213,9 @@ class Trainer(RunState):
         step = (self.network, micro_batches, self.processes, self.config.precision, self.scaler)
         mean, count = accumulate_gradients(*step)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = snapshot.full_tensor(
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
-        )
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
         self.batches.prepare(self.config.accumulate)
-        loss, norm = torch.stack([mean, grad_norm.to(mean)]).tolist()  # here, and only here, we wait for the device
-
+        loss, norm = torch.stack([mean, snapshot.full_tensor(grad_norm).to(mean)]).tolist()  # waits for the device
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
@@ -257,8 +253,7 @@ class Trainer(RunState):
 def train(trainer: Trainer, out: Path) -> int:
     """The loop: step, validate, log, snapshot. Returns 0, or the exit status of the signal that ended it."""
     config, processes = trainer.config, trainer.processes
-    dtype = DTYPES[config.precision]
-    speedometer = Speedometer(trainer.model.config, config.length, trainer.device, dtype, processes.world)
+    speedometer = Speedometer(trainer.model.config, config.length, processes, DTYPES[config.precision])
     first = {}
     if trainer.step == 0:
         first["val_loss_before"] = trainer.best = trainer.validate()
@@ -320,9 +315,7 @@ def read_settings() -> TrainConfig:
 def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
     """The trainer, where it starts or where its newest snapshot left it, and its run folder."""
     if config.parallel and not processes.torchrun:
-        raise ValueError(
-            f"--parallel {config.parallel} is for torchrun: torchrun --nproc-per-node N -m minigpt2 train ..."
-        )
+        raise ValueError(f"--parallel {config.parallel} needs torchrun --nproc-per-node N -m minigpt2 train ...")
     config = dataclasses.replace(config, parallel=config.parallel or ("ddp" if processes.torchrun else None))
     out = config.out or Path(processes.gather(time.strftime("runs/%Y%m%d-%H%M%S"))[0])
     if not config.resume and ((out / SETTINGS).exists() or (out / "metrics.jsonl").exists()):

@@ -15,6 +15,7 @@ from minigpt2.device import peak_bytes, synchronize
 from minigpt2.extras import MissingExtra, import_extra
 from minigpt2.files import atomic_write, errors_name, flush
 from minigpt2.ops.products import multiply
+from minigpt2.training.parallel import Processes
 
 __all__ = ["Metrics", "Speedometer", "flops_per_token", "matmul_rate", "plot_losses", "read_rows"]
 
@@ -126,9 +127,9 @@ def flops_per_token(config: GPT2Config, length: int) -> float:
 class Speedometer:
     """Measures a run against the matrix products of its device, in the dtype that it multiplies in."""
 
-    def __init__(self, config: GPT2Config, length: int, device: torch.device, dtype: torch.dtype, world: int) -> None:
-        self._share = flops_per_token(config, length) / world / matmul_rate(device, dtype)
-        self._device = device
+    def __init__(self, config: GPT2Config, length: int, processes: Processes, dtype: torch.dtype) -> None:
+        self._device = processes.device
+        self._share = flops_per_token(config, length) / processes.world / matmul_rate(self._device, dtype)
 
     def row(self, tokens: int, seconds: float) -> dict[str, float]:
         """Tokens a second, model-FLOP utilisation (a share of 1), and peak memory in GiB."""
