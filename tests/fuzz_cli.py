@@ -223,6 +223,7 @@ def case(rng: random.Random, counts: Counter[str]) -> None:
             mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
             warnings.catch_warnings(),
         ):
+            warnings.simplefilter("default")
             try:
                 status = train.main() if arguments[0] == "train.py" else cli.main()
             except SystemExit as end:  # --help
