@@ -4,6 +4,7 @@ Run by hand: python tests/fuzz_cli.py --n 300 --seed 0"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import io
@@ -153,6 +154,7 @@ TRAIN: dict[str, list[str]] = {
 def surroundings() -> Path:
     """A folder of models, texts and tokens to name."""
     folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     torch.manual_seed(0)
     model = GPT2(GPT2Config(n_positions=16, n_embd=8, n_layer=1, n_head=2))
     model.save_pretrained(folder / "model")
@@ -223,6 +225,7 @@ def case(rng: random.Random, counts: Counter[str]) -> None:
             mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
             warnings.catch_warnings(),
         ):
+            warnings.simplefilter("default")
             try:
                 status = train.main() if arguments[0] == "train.py" else cli.main()
             except SystemExit as end:  # --help

@@ -427,15 +427,25 @@ def test_a_cache_follows_its_model_to_another_device(model, prompt):
     assert {layer.k.device for layer in cache.layers} == {torch.device("cpu")}
 
 
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@LOW
 @pytest.mark.parametrize("rows", [1, 4])
-def test_generation_under_autocast(model, low, rows):
-    """Long enough for the kernel that serves one query, which wants 128 keys."""
-    long = GPT2(model.config.replace(n_positions=200), attention="auto")
-    ids = torch.arange(8 * rows).view(rows, 8)
+@torch.no_grad()
+def test_one_query_over_many_keys_in_low_precision(tiny_config, low, rows):
+    """Enough keys for the kernel that serves one query, which leaves fewer than 128 to others."""
+    torch.manual_seed(0)
+    model = GPT2(tiny_config.replace(n_positions=140)).eval()
+    ids = torch.randint(503, (rows, 135))
     with torch.autocast("cpu", low):
-        assert long.generate(ids, 150, temperature=0).shape == (rows, 158)
-    assert long.to(low).generate(ids, 150, temperature=0).shape == (rows, 158)
+        cache = KVCache(model, rows)
+        model(ids[:, :134], cache=cache)
+        under_autocast = model(ids[:, 134:], cache=cache)
+        assert model.generate(ids, 5, temperature=0).shape == (rows, 140)
+    cache = KVCache(model.to(low), rows)
+    model(ids[:, :134], cache=cache)
+    in_low = model(ids[:, 134:], cache=cache)
+    reference = model.double()(ids)[:, 134:]
+    assert close_to(under_autocast, reference, [low])
+    assert close_to(in_low, reference, [low])
 
 
 def test_gradients_flow_through_the_tokens_of_one_call(tiny_model, prompt):

@@ -539,6 +539,21 @@ def test_what_is_saved_can_be_loaded(tiny_model, tmp_path, change):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_adapters_of_peft_are_merged_then_saved(tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    from peft.tuners.lora import Linear
+
+    config = peft.LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    config._register_custom_module({Projection: Linear})
+    adapted = peft.get_peft_model(tiny_model, config).eval()
+    with pytest.raises(WeightsError, match=r"h\.0\.attn\.c_attn\.base_layer\.weight.*merge_and_unload"):
+        tiny_model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = adapted(IDS)
+        adapted.merge_and_unload().save_pretrained(tmp_path)
+        torch.testing.assert_close(GPT2.from_pretrained(tmp_path)(IDS), logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_vocabulary_grows(tiny_model, tmp_path):
     old = tiny_model.wte.weight.detach().clone()
     with torch.no_grad():
