@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt2.ops import kernel
-from minigpt2.torch_private import onednn, transformed, untouched
+from minigpt2.torch_private import onednn, traced, transformed
 
 __all__ = [
     "add_transposed_product",
@@ -142,7 +142,7 @@ def _plain(*operands: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and all(type(t) in (Tensor, nn.Parameter) for t in operands)
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
+        and all(t.dtype == torch.float32 and t.is_cpu and t.layout is torch.strided for t in operands)
         and not torch.is_autocast_enabled("cpu")
         and not transformed()
     )
@@ -194,10 +194,11 @@ def _few_rows_serve(x: Tensor, *weights: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and 0 < x.size(0) <= kernel.FEW
+        and _plain(x, *weights)
+        and not traced()
         and x.size(1) > 0
         and x.stride(1) == 1
-        and _plain(x, *weights)
-        and untouched()
         and all(weight.is_contiguous() for weight in weights)
+        and all(map(kernel.in_memory, (x, *weights)))
         and kernel.unavailable() is None
     )
