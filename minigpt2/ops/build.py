@@ -69,7 +69,8 @@ def compiler() -> tuple[str, ...]:
 def explain_compiler() -> str:
     """The compiler's command and version, in a line. Raises Unavailable if there is none."""
     command, version = _compiler_and_version()
-    return ", ".join([shlex.join(command), *version.strip().splitlines()[:1]])
+    name, line = shlex.join(command), version.strip().partition("\n")[0]
+    return line if line.startswith(f"{name} ") else f"{name}, {line}"
 
 
 @functools.cache
@@ -81,7 +82,7 @@ def _compiler_and_version() -> tuple[tuple[str, ...], str]:
         except ValueError as error:
             raise Unavailable(f"no C++ compiler: CXX is {chosen!r}, with {error}") from None
         return command, _version(command)
-    commands = [(name,) for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    commands: list[tuple[str, ...]] = [(name,) for name in ("c++", "g++", "clang++") if shutil.which(name)]
     if importlib.util.find_spec("ziglang"):
         commands.append((sys.executable, "-m", "ziglang", "c++"))
     reason = "no C++ compiler was found: install g++ or clang, or pip install 'minigpt2[compiler]'"
@@ -109,8 +110,9 @@ def _version(command: tuple[str, ...]) -> str:
 def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a compiler, with messages in English."""
     environment = {**environment, **os.environ, "LC_ALL": "C"}
-    text = {"encoding": "utf-8", "errors": "replace"}
-    return subprocess.run(command, check=False, capture_output=True, env=environment, **text)
+    return subprocess.run(
+        command, check=False, capture_output=True, env=environment, encoding="utf-8", errors="replace"
+    )
 
 
 def _flags() -> list[str]:
@@ -170,13 +172,10 @@ def _compile(name: str, sources: tuple[str, ...], library: Path) -> None:
         what = f"compiling the {name} for this processor with {shlex.join(command)} (once)"
         print(f"minigpt2: {what} ... ", end="", flush=True, file=sys.stderr)
         start, unfinished = time.perf_counter(), Path(folder, library.name)
-        result = _run(
-            [*command, *_flags(), *(str(CSRC / source) for source in sources), "-o", str(unfinished)]
-            # They are loaded already; linking to them by name shares the one thread pool and the one allocator.
-            + [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"],
-            ZIG_GLOBAL_CACHE_DIR=folder,
-            ZIG_LOCAL_CACHE_DIR=folder,
-        )
+        files = [*(str(CSRC / source) for source in sources), "-o", str(unfinished)]
+        # They are loaded already; linking to them by name shares the one thread pool and the one allocator.
+        pytorch = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        result = _run([*command, *_flags(), *files, *pytorch], ZIG_GLOBAL_CACHE_DIR=folder, ZIG_LOCAL_CACHE_DIR=folder)
         if result.returncode:
             print("failed", file=sys.stderr, flush=True)
             errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()[-1:]
