@@ -16,12 +16,7 @@ from minigpt2.ops import kernel, products
 from minigpt2.ops.products import add_transposed_product, multiply, project, project_transposed, weight_gradient
 
 
-@pytest.fixture(autouse=True)
-def needs_the_kernel():
-    reason = kernel.unavailable()
-    if reason is not None and "no C++ compiler" in reason:
-        pytest.skip(reason)
-    assert reason is None  # where there is a compiler, a kernel that does not build is a failure
+pytestmark = pytest.mark.usefixtures("needs_the_kernel")
 
 
 @pytest.fixture
@@ -30,14 +25,6 @@ def served(monkeypatch):
     shapes, few_rows = [], kernel.few_rows
     monkeypatch.setattr(kernel, "few_rows", lambda *args: shapes.append(tuple(args[0].shape)) or few_rows(*args))
     return shapes
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def operands(M, K, N, transposed=False):
