@@ -1,4 +1,4 @@
-"""Building compiled code: where it is kept, by which compiler, by two processes at once; and what is said where it fails.
+"""Building compiled code: where it is kept, by which compiler, by two processes at once; what is said where it fails.
 
 Most is tried with a library of one function, which compiles in no time.
 """

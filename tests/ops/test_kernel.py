@@ -1,5 +1,5 @@
-"""The calls into compiled code: tensors of any layout give the right number, and what would read or write memory that is
-not theirs is refused."""
+"""The calls into compiled code: tensors of any layout give the right number, and what would touch memory that is not
+theirs is refused."""
 
 from __future__ import annotations
 

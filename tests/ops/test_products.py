@@ -15,7 +15,6 @@ from minigpt2.loss import linear_cross_entropy
 from minigpt2.ops import kernel, products
 from minigpt2.ops.products import add_transposed_product, multiply, project, project_transposed, weight_gradient
 
-
 pytestmark = pytest.mark.usefixtures("needs_the_kernel")
 
 
