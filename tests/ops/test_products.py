@@ -323,3 +323,15 @@ def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for faster, said in ((True, "oneDNN's (AMD's Zen 5)"), (False, "torch.mm's")):
         monkeypatch.setattr(products, "_onednn_is_faster", lambda faster=faster: faster)
         assert products.explain_products() == said
+
+
+def test_operands_of_any_layout_for_onednn(onednn: None) -> None:
+    """Its operation takes a bias for contiguous."""
+    for made in (lambda *s: randn(*s, 2)[..., 1], lambda *s: randn(1).expand(s), lambda *s: torch._neg_view(randn(*s))):
+        x, weight, bias = made(9, 16), made(16, 8), made(8)
+        exact, plain = x.double() @ weight.double() + bias.double(), torch.addmm(bias, x, weight)
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                assert error(project(x, weight, bias), exact) <= 2 * error(plain, exact) + 1e-7
+        assert error(multiply(x, weight), x.double() @ weight.double()) <= 1e-6
+        assert error(weight_gradient(x.t(), weight), x.double() @ weight.double()) <= 1e-6

@@ -151,6 +151,9 @@ def masked_attention(
     that every query sees every key. Returns (B, T, C). The fused kernel serves one query on the CPU, without mask,
     dropout and gradient, which is what generation asks for; sdpa serves the rest in its stead.
     """
+    if not q.dim() == k.dim() == v.dim() == 4:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise ValueError(f"q must be (B, H, T, D), k and v (B, H, S, D); got {shapes}")
     chosen = _resolved(backend, q)
     if chosen == "eager":
         visible = causal_mask(1, k.size(2), q.device) if mask is None else mask
