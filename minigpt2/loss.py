@@ -100,7 +100,7 @@ def linear_cross_entropy(
     chunk_size = chunk_size or chunk_shape(targets.numel(), vocab)[0]
     total = reduction != "none"
     gradients = total and torch.is_grad_enabled()
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden.reshape(targets.numel(), hidden.shape[-1])
     options = (chunk_size, dtype, total, gradients and hidden.requires_grad, gradients and weight.requires_grad)
     loss: Tensor = _chunked(flat, weight, targets.reshape(-1), None, ignore_index, *options)[0]
     if reduction != "mean":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,10 +26,18 @@ NAMES = (
 
 def found(name: str) -> Any:
     """What `name` stands for in this PyTorch, or None."""
-    value: Any = torch
-    for part in name.split(".")[1:]:
-        value = getattr(value, part, None)
-    return value
+    owner, last = _place(name)
+    return getattr(owner, last, None)
+
+
+@functools.cache
+def _place(name: str) -> tuple[Any, str]:
+    """The module of a name, and what it is called there: each call of the model's asks many times."""
+    owner: Any = torch
+    _, *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part, None)
+    return owner, last
 
 
 def missing() -> list[str]:

@@ -20,10 +20,14 @@ __all__ = ["dropout_add"]
 
 
 def dropout_add(x: Tensor, residual: Tensor | None, p: float) -> Tensor:
-    """residual + dropout(x), or dropout(x) alone, for tensors (..., C) of one shape; p in [0, 1).
+    """residual + dropout(x), or dropout(x) alone, for tensors (..., C) of one shape and device; p in [0, 1].
 
-    What is kept is scaled by 1 / (1 - p). The seed comes from torch's default generator.
+    What is kept is scaled by 1 / (1 - p). The seed comes from torch's default generator. Raises ValueError for other
+    shapes, devices or probabilities.
     """
+    if residual is not None and (residual.shape, residual.device) != (x.shape, x.device):
+        ours, theirs = (f"{tuple(t.shape)} on {t.device}" for t in (x, residual))
+        raise ValueError(f"x and residual must have one shape and device, got {ours} and {theirs}")
     if not p:
         return x if residual is None else residual + x
     if residual is not None:
@@ -45,7 +49,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None
     return torch.ops.minigpt2.dropout_add(grad, None, ctx.p, ctx.seed), grad if ctx.has_residual else None, None, None
 
 
+def _fake(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
+    kernel.check_alike(x, residual, "residual")
+    kernel.check_seed(seed, p, x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 torch.library.define("minigpt2::dropout_add", "(Tensor x, Tensor? residual, float p, Tensor seed) -> Tensor")
 torch.library.impl("minigpt2::dropout_add", "CPU", kernel.dropout_add)
-torch.library.register_fake("minigpt2::dropout_add", lambda x, residual, p, seed: torch.empty_like(x).contiguous())
+torch.library.register_fake("minigpt2::dropout_add", _fake)
 torch.library.register_autograd("minigpt2::dropout_add", _backward, setup_context=_save)

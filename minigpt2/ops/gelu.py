@@ -35,12 +35,17 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
     return grad_x
 
 
+def _fake(x: Tensor, grad: Tensor | None = None) -> Tensor:
+    kernel.check_alike(x, grad, "the gradient")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 torch.library.define("minigpt2::gelu", "(Tensor x) -> Tensor")
 torch.library.define("minigpt2::gelu_backward", "(Tensor grad, Tensor x) -> Tensor")
 torch.library.impl("minigpt2::gelu", "CPU", kernel.gelu)
 torch.library.impl("minigpt2::gelu_backward", "CPU", lambda grad, x: kernel.gelu(x, grad))
-torch.library.register_fake("minigpt2::gelu", lambda x: torch.empty_like(x).contiguous())
-torch.library.register_fake("minigpt2::gelu_backward", lambda grad, x: torch.empty_like(x).contiguous())
+torch.library.register_fake("minigpt2::gelu", lambda x: _fake(x))
+torch.library.register_fake("minigpt2::gelu_backward", lambda grad, x: _fake(x, grad))
 torch.library.register_autograd(
     "minigpt2::gelu", _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )

@@ -25,6 +25,7 @@ __all__ = [
     "dropout_add",
     "few_rows",
     "gelu",
+    "in_memory",
     "serves",
     "unavailable",
 ]
@@ -45,20 +46,28 @@ def unavailable() -> str | None:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether there is a kernel for tensors of this device and dtype."""
-    return _serves(x.device.type, x.dtype)
+    """Whether there is a kernel for tensors of this device, layout and dtype."""
+    return x.is_cpu and x.layout is torch.strided and _serves(x.dtype)
 
 
 @constant_to_compiler
-def _serves(device: str, dtype: torch.dtype) -> bool:
-    return device == "cpu" and dtype in DTYPES and unavailable() is None
+def _serves(dtype: torch.dtype) -> bool:
+    return dtype in DTYPES and unavailable() is None
+
+
+def in_memory(x: Tensor) -> bool:
+    """Whether the values of x, a tensor on the CPU, lie in memory as they are, which those of sparse tensors and of
+    PyTorch's lazy negatives and lazy zeros do not; and at multiples of their size."""
+    if x.layout is not torch.strided or x.is_neg():
+        return False
+    address = x.data_ptr()
+    return (address != 0 or not x.numel()) and address % x.element_size() == 0
 
 
 def attention(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Causal attention: qkv (B, T, 3C) -> (B, T, C), and the log-sum-exp (B, H, T) in the dtype of the arithmetic."""
     B, T, H, D = packed_sizes(qkv, n_head)
-    _check(qkv)
-    qkv = rows(qkv)
+    qkv = rows(_checked(qkv)[0])
     out = qkv.new_empty((B, T, H * D))
     lse = qkv.new_empty((B, H, T), dtype=lse_dtype(qkv.dtype))
     strides = qkv.stride()[:2]
@@ -73,7 +82,7 @@ def attention_backward(
     """The gradient of `attention` with respect to qkv, (B, T, 3C)."""
     B, T, H, D = packed_sizes(qkv, n_head)
     check_backward(grad_out, qkv, out, lse, n_head)
-    _check(qkv, grad_out, out)
+    (qkv, grad_out, out), (lse,) = _checked(qkv, grad_out, out), _checked(lse)
     qkv, grad_out, out, lse = rows(qkv), rows(grad_out), out.contiguous(), lse.contiguous()
     grad_qkv = qkv.new_empty((B, T, 3 * H * D))
     inputs = (qkv.data_ptr(), *qkv.stride()[:2], grad_out.data_ptr(), *grad_out.stride()[:2], out.data_ptr())
@@ -84,15 +93,9 @@ def attention_backward(
 
 def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one query over a cache: q (B, H, 1, D), k and v (B, H, T, D) -> (B, H, 1, D)."""
-    fits = q.dim() == k.dim() == v.dim() == 4 and q.shape == (*k.shape[:2], 1, k.shape[3]) and k.shape == v.shape
-    if not fits or k.shape[2] < 1:
-        raise ValueError(
-            f"q must be (B, H, 1, D), k and v (B, H, T, D); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    _check(q, k, v)
-    _check_head_dim(q.shape[3])
+    check_decode(q, k, v)
     B, H, T, D = k.shape
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = map(rows, _checked(q, k, v))
     out = q.new_empty((B, H, 1, D))
     cached = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
     _call("decode", q.dtype, B, T, H, D, q.data_ptr(), *q.stride()[:2], *cached, out.data_ptr())
@@ -101,10 +104,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def dropout_add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
     """residual + dropout(x), or dropout(x) alone; any shape, the mask being that of rows of the last dimension."""
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x {x.dtype} {tuple(x.shape)}")
-    _check(x, *(() if residual is None else (residual,)))
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    check_alike(x, residual, "residual")
+    x, residual = _contiguous(x, residual)
     out = torch.empty_like(x)
     width = x.size(-1) if x.dim() else 1
     addresses = (x.data_ptr(), None if residual is None else residual.data_ptr(), out.data_ptr())
@@ -114,10 +115,8 @@ def dropout_add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> T
 
 def gelu(x: Tensor, grad: Tensor | None = None) -> Tensor:
     """The tanh GELU of x, of any shape; or, with the gradient of its result, that of x."""
-    if grad is not None and (grad.shape, grad.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"the gradient is {grad.dtype} {tuple(grad.shape)}, x {x.dtype} {tuple(x.shape)}")
-    _check(x, *(() if grad is None else (grad,)))
-    x, grad = x.contiguous(), None if grad is None else grad.contiguous()
+    check_alike(x, grad, "the gradient")
+    x, grad = _contiguous(x, grad)
     out = torch.empty_like(x)
     _call("gelu", x.dtype, x.numel(), x.data_ptr(), None if grad is None else grad.data_ptr(), out.data_ptr())
     return out
@@ -125,19 +124,20 @@ def gelu(x: Tensor, grad: Tensor | None = None) -> Tensor:
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight + bias for weight (K, N) and N a multiple of 32; without a bias x @ weight^T for weight (N, K) and K a
-    multiple of 16. x (M, K), M from 1 to FEW; float32; weight and bias contiguous."""
-    K, N = weight.shape if bias is not None else weight.shape[::-1]
-    if not 1 <= x.shape[0] <= FEW or x.shape[1] != K or K < 1 or (N % 32 if bias is not None else K % 16):
+    multiple of 16. x (M, K), M from 1 to FEW; float32."""
+    sizes = (*x.shape, *(weight.shape if bias is not None else weight.shape[::-1]))
+    M, K, inner, N = sizes if len(sizes) == 4 else (0, 0, 0, 0)
+    if not 1 <= M <= FEW or inner != K or K < 1 or (N % 32 if bias is not None else K % 16):
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} are no product of few rows")
-    if any(t.dtype != torch.float32 for t in (x, weight)) or not weight.is_contiguous():
-        raise ValueError(f"x and weight must be float32 and weight contiguous, got {x.dtype} and {weight.dtype}")
-    if bias is not None and (bias.shape, bias.dtype, bias.is_contiguous()) != ((N,), torch.float32, True):
-        raise ValueError(f"bias must be a contiguous float32 ({N},), got {bias.dtype} {tuple(bias.shape)}")
-    _check(x, weight, *(() if bias is None else (bias,)))
-    x = rows(x)
-    out = x.new_empty((x.shape[0], N))
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
+    if x.dtype != torch.float32:
+        raise ValueError(f"a product of few rows is float32, not {x.dtype}")
+    weight, bias = _contiguous(weight, bias)
+    x = rows(_checked(x, weight)[0])
+    out = x.new_empty((M, N))
     addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
-    _call("few_rows", None, x.shape[0], K, N, x.data_ptr(), x.stride(0), *addresses)
+    _call("few_rows", None, M, K, N, x.data_ptr(), x.stride(0), *addresses)
     return out
 
 
@@ -153,6 +153,25 @@ def packed_sizes(qkv: Tensor, n_head: int) -> tuple[int, int, int, int]:
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the log-sum-exp of attention: that of the arithmetic."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_decode(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q is one query for each head of k and v, on their device."""
+    fits = q.dim() == k.dim() == v.dim() == 4 and q.shape == (*k.shape[:2], 1, k.shape[3]) and k.shape == v.shape
+    if not fits or k.shape[2] < 1:
+        raise ValueError(
+            f"q must be (B, H, 1, D), k and v (B, H, T, D); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, not {q.device}, {k.device}, {v.device}")
+    _check_head_dim(q.shape[3])
+
+
+def check_alike(x: Tensor, other: Tensor | None, name: str) -> None:
+    """Raise ValueError unless `other`, if there is one, has the shape, dtype and device of x."""
+    if other is not None and (other.shape, other.dtype, other.device) != (x.shape, x.dtype, x.device):
+        theirs, ours = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (other, x))
+        raise ValueError(f"{name} must be like x, {ours}, not {theirs}")
 
 
 def check_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> None:
@@ -177,15 +196,24 @@ def _check_head_dim(D: int) -> None:
         raise ValueError(f"the head size must be a multiple of 16 up to {MAX_HEAD_DIM}, not {D}")
 
 
-def _check(*tensors: Tensor) -> None:
-    """Raise ValueError unless the tensors have memory that compiled code can read: on the CPU, in one dtype."""
+def _checked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, whose memory compiled code can read: on the CPU, in one dtype. Raises ValueError for others."""
     for t in tensors:
-        if t.device.type != "cpu" or t.layout != torch.strided or t.dtype not in DTYPES:
-            raise ValueError(
-                f"the kernel takes dense float32, bfloat16 or float64 CPU tensors, not {t.dtype} {t.device}"
-            )
-    if len({t.dtype for t in tensors}) > 1:
-        raise ValueError(f"the tensors must have one dtype, not {', '.join(str(t.dtype) for t in tensors)}")
+        if not t.is_cpu or t.layout is not torch.strided or t.dtype not in DTYPES:
+            what = f"{t.dtype} ones on {t.device}" if t.layout is torch.strided else f"{t.layout} ones"
+            raise ValueError(f"the kernel takes float32, bfloat16 or float64 tensors on the CPU, not {what}")
+        if t.dtype is not tensors[0].dtype:
+            raise ValueError(f"the tensors must have one dtype, not {', '.join(str(t.dtype) for t in tensors)}")
+    if not all(map(in_memory, tensors)):
+        tensors = tuple(t.clone() for t in tensors)
+    return tensors
+
+
+def _contiguous(x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if other is None:
+        return _checked(x)[0].contiguous(), None
+    x, other = _checked(x, other)
+    return x.contiguous(), other.contiguous()
 
 
 def rows(x: Tensor) -> Tensor:

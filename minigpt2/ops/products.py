@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt2.ops import kernel
-from minigpt2.torch_private import onednn, transformed, untouched
+from minigpt2.torch_private import onednn, traced, transformed
 
 __all__ = [
     "add_transposed_product",
@@ -41,14 +41,14 @@ BLOCK = 4096  # rows of a sum of products that are added at a time: 12 MiB of th
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight + bias, for x (n, in), weight (in, out) and bias (out): (n, out)."""
-    if weight.size(1) % 32 == 0 and _few_rows_serve(x, weight, bias):
+    if _few_rows_serve(x, weight, bias) and weight.size(1) % 32 == 0:
         return kernel.few_rows(x, weight, bias)
-    if not _plain(x, weight, bias):
+    if not x.dim() == weight.dim() == 2 or not _plain(x, weight, bias):
         return torch.addmm(bias, x, weight)
 
     def product() -> Tensor:
         if onednn_serves(x.size(0) * weight.numel(), x, weight, bias):
-            return _linear(x, weight.t(), bias)
+            return _linear(x, weight.t(), bias.contiguous())  # it takes the elements of another for granted
         return torch.addmm(bias, x, weight)
 
     if not torch.is_grad_enabled():
@@ -59,7 +59,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def project_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T, for x (n, in) and weight (out, in): (n, out). Without a gradient."""
-    if weight.size(1) % 16 == 0 and _few_rows_serve(x, weight):
+    if _few_rows_serve(x, weight) and weight.size(1) % 16 == 0:
         return kernel.few_rows(x, weight, None)
     return torch.mm(x, weight.t())
 
@@ -142,7 +142,7 @@ def _plain(*operands: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and all(type(t) in (Tensor, nn.Parameter) for t in operands)
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
+        and all(t.dtype == torch.float32 and t.is_cpu and t.layout is torch.strided for t in operands)
         and not torch.is_autocast_enabled("cpu")
         and not transformed()
     )
@@ -193,11 +193,13 @@ def _few_rows_serve(x: Tensor, *weights: Tensor) -> bool:
     """Whether the compiled kernel is to make this product. Ordered so that training leaves at the first question."""
     return (
         not torch.is_grad_enabled()
+        and x.dim() == weights[0].dim() == 2
         and 0 < x.size(0) <= kernel.FEW
+        and _plain(x, *weights)
+        and not traced()
         and x.size(1) > 0
         and x.stride(1) == 1
-        and _plain(x, *weights)
-        and untouched()
         and all(weight.is_contiguous() for weight in weights)
+        and all(map(kernel.in_memory, (x, *weights)))
         and kernel.unavailable() is None
     )

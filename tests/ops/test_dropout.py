@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from minigpt2.ops.attention.fused import dropout_mask, unavailable
+from minigpt2.ops.attention.fused import dropout_mask
 from minigpt2.ops.dropout import dropout_add
 
-pytestmark = pytest.mark.skipif(
-    "no C++ compiler" in str(unavailable("cpu", torch.float32, 64)), reason="there is no C++ compiler"
-)
+pytestmark = pytest.mark.usefixtures("needs_the_kernel")
 
 
 def mask(seed: Tensor, rows: int, width: int, p: float) -> Tensor:
@@ -55,15 +54,13 @@ def test_no_tensor_is_kept() -> None:
     assert not saved
 
 
-def test_rate_and_independence_of_threads() -> None:
+def test_rate_and_independence_of_threads(threads: Callable[[int], None]) -> None:
     x = torch.ones(1000, 768)
-    threads = torch.get_num_threads()
     outputs = []
     for n in (1, 2, 3):
-        torch.set_num_threads(n)
+        threads(n)
         torch.manual_seed(1)
         outputs.append(dropout_add(x, None, 0.1))
-    torch.set_num_threads(threads)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
     rate = (outputs[0] > 0).double().mean().item()

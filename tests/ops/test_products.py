@@ -15,13 +15,7 @@ from minigpt2.loss import linear_cross_entropy
 from minigpt2.ops import kernel, products
 from minigpt2.ops.products import add_transposed_product, multiply, project, project_transposed, weight_gradient
 
-
-@pytest.fixture(autouse=True)
-def needs_the_kernel():
-    reason = kernel.unavailable()
-    if reason is not None and "no C++ compiler" in reason:
-        pytest.skip(reason)
-    assert reason is None  # where there is a compiler, a kernel that does not build is a failure
+pytestmark = pytest.mark.usefixtures("needs_the_kernel")
 
 
 @pytest.fixture
@@ -30,14 +24,6 @@ def served(monkeypatch):
     shapes, few_rows = [], kernel.few_rows
     monkeypatch.setattr(kernel, "few_rows", lambda *args: shapes.append(tuple(args[0].shape)) or few_rows(*args))
     return shapes
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def operands(M, K, N, transposed=False):
@@ -337,3 +323,15 @@ def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for faster, said in ((True, "oneDNN's (AMD's Zen 5)"), (False, "torch.mm's")):
         monkeypatch.setattr(products, "_onednn_is_faster", lambda faster=faster: faster)
         assert products.explain_products() == said
+
+
+def test_operands_of_any_layout_for_onednn(onednn: None) -> None:
+    """Its operation takes a bias for contiguous."""
+    for made in (lambda *s: randn(*s, 2)[..., 1], lambda *s: randn(1).expand(s), lambda *s: torch._neg_view(randn(*s))):
+        x, weight, bias = made(9, 16), made(16, 8), made(8)
+        exact, plain = x.double() @ weight.double() + bias.double(), torch.addmm(bias, x, weight)
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                assert error(project(x, weight, bias), exact) <= 2 * error(plain, exact) + 1e-7
+        assert error(multiply(x, weight), x.double() @ weight.double()) <= 1e-6
+        assert error(weight_gradient(x.t(), weight), x.double() @ weight.double()) <= 1e-6

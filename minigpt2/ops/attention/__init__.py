@@ -1,7 +1,7 @@
 """Causal self-attention on the packed projection, with a choice of backends.
 
 `"eager"` is the definition (eager.py); `"sdpa"` is PyTorch's scaled_dot_product_attention; `"fused"` is this package's
-own kernel (fused.py; cpu.cpp on the CPU, gpu.py on CUDA); `"auto"` takes the one that was measured to be fastest.
+own kernel (fused.py; csrc/ on the CPU, gpu.py on CUDA); `"auto"` takes the one that was measured to be fastest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from minigpt2.device import readable
 from minigpt2.ops.attention.eager import causal_mask, eager_attention, merge_heads, split_heads
 from minigpt2.ops.attention.fused import decode, fused_attention, unavailable
+from minigpt2.ops.build import explain_compiler
 from minigpt2.torch_private import constant_to_compiler, transformed
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ def _warn_once(reason: str) -> None:
 def explain_backend() -> str:
     """One line: what `"auto"` stands for here, and why."""
     reason = unavailable("cpu", torch.float32, 64)
-    cpu = "fused on the CPU (the kernel is built)" if reason is None else f"sdpa on the CPU ({reason})"
+    cpu = f"sdpa on the CPU ({reason})"
+    if reason is None:
+        cpu = f"fused on the CPU (its kernel is compiled by {explain_compiler()})"
     return f"auto is {cpu}, sdpa on other devices (on CUDA fused is there to ask for, but was never timed)"
 
 
@@ -148,6 +151,9 @@ def masked_attention(
     that every query sees every key. Returns (B, T, C). The fused kernel serves one query on the CPU, without mask,
     dropout and gradient, which is what generation asks for; sdpa serves the rest in its stead.
     """
+    if not q.dim() == k.dim() == v.dim() == 4:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise ValueError(f"q must be (B, H, T, D), k and v (B, H, S, D); got {shapes}")
     chosen = _resolved(backend, q)
     if chosen == "eager":
         visible = causal_mask(1, k.size(2), q.device) if mask is None else mask

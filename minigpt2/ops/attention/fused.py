@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minigpt2.ops import kernel
-from minigpt2.ops.kernel import MAX_HEAD_DIM, check_backward, check_seed, lse_dtype, packed_sizes
+from minigpt2.ops.kernel import MAX_HEAD_DIM, check_backward, check_decode, check_seed, lse_dtype, packed_sizes
 from minigpt2.ops.seed import draw_seed
 from minigpt2.torch_private import constant_to_compiler, transformed, untouched
 
@@ -129,13 +129,14 @@ def dropout_mask(seed: int, B: int, H: int, T: int, p: float) -> Tensor:
 def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one query over a cache, without a mask and without gradients.
 
-    q: (B, H, 1, D); k, v: (B, H, T, D), often views of a longer cache: any strides but the last, which must be 1.
-    Returns (B, H, 1, D). Raises RuntimeError where the kernel cannot serve (there is one for the CPU only), ValueError
-    for bad sizes.
+    q: (B, H, 1, D); k, v: (B, H, T, D), often views of a longer cache: any strides, but those whose last dimension is
+    not contiguous are copied. Returns (B, H, 1, D). Raises RuntimeError where the kernel cannot serve (there is one for
+    the CPU only), ValueError for bad sizes.
     """
-    if q.device.type != "cpu":
+    check_decode(q, k, v)
+    if not q.is_cpu:
         raise RuntimeError(f"there is no decode kernel for {q.device.type} tensors")
-    _refuse_unavailable(q.device.type, q.dtype, q.shape[-1])
+    _refuse_unavailable("cpu", q.dtype, q.shape[-1])
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("decode has no gradient; call it under torch.no_grad()")
     if _direct(q, k, v):
@@ -146,8 +147,9 @@ def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _direct(*tensors: Tensor) -> bool:
     """Whether PyTorch's dispatcher has nothing to add. Passing it by saves 10 us."""
-    on_cpu = all(t.device.type == "cpu" for t in tensors)
-    return on_cpu and untouched(*tensors) and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    if not untouched(*tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return False
+    return all(t.is_cpu and kernel.in_memory(t) for t in tensors)
 
 
 def _attention_cuda(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,16 +174,20 @@ def _attention_backward_cuda(
 
 def _attention_fake(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     B, T, H, D = packed_sizes(qkv, n_head)
+    check_seed(seed, dropout_p, qkv.device)
     return qkv.new_empty((B, T, H * D)), qkv.new_empty((B, H, T), dtype=lse_dtype(qkv.dtype))
 
 
 def _attention_backward_fake(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
+    check_backward(grad_out, qkv, out, lse, n_head)
+    check_seed(seed, dropout_p, qkv.device)
     return qkv.new_empty(qkv.shape)
 
 
 def _decode_fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    check_decode(q, k, v)
     return q.new_empty(q.shape)
 
 

@@ -1,4 +1,4 @@
-"""Causal multi-head attention on the GPU, in Triton: cpu.cpp's operation, with its dropout mask bit for bit.
+"""Causal multi-head attention on the GPU, in Triton: csrc/attention.cpp's operation, with its dropout mask bit for bit.
 
 The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691). For one head, with S = Q K^T / sqrt(D):
   forward:    a program has one block of query rows; for each tile of keys on or below the diagonal:
@@ -78,7 +78,7 @@ LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's: unlike -inf, it can be subtracted from itself
 
 
-# Dropout: the mask that cpu.cpp defines.
+# Dropout: the mask that csrc/dropout.h defines.
 
 
 @triton.jit

@@ -6,7 +6,7 @@
 //   key0, key1:    key(0x9e3779b9), key(0x85ebca6b): 64 bits a row, so that rows do not share stretches of mask
 //   word(w):       x = w * 0x9e3779b9 + key0; x ^= x >> 16; x *= 0x7feb352d; x += key1;
 //                  x ^= x >> 15; x *= 0x846ca68b; x ^= x >> 16
-//   value(column): 16 bits of word(column / 32 * 16 + column % 16), the low ones if column % 32 < 16, else the high ones
+//   value(column): 16 bits of word(column / 32 * 16 + column % 16), the low if column % 32 < 16, else the high
 // and an element is kept where value >= round(p * 65536), so that the rate is p to within 1 / 131072. What is kept is
 // scaled by 1 / (1 - p), as PyTorch does.
 

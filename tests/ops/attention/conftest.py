@@ -7,7 +7,6 @@ from implementations import IMPLEMENTATIONS, Operation, operation, repair_bfloat
 from torch import Tensor
 
 from minigpt2.ops.attention.eager import split_heads
-from minigpt2.ops.attention.fused import unavailable
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,21 +24,9 @@ def op(request: pytest.FixtureRequest) -> Operation:
 
 
 @pytest.fixture(autouse=True)
-def needs_the_kernel(request: pytest.FixtureRequest):
-    if "op" in request.fixturenames and type(request.getfixturevalue("op")) is not Operation:
-        return
-    reason = unavailable("cpu", torch.float32, 64)
-    if reason is not None and ("no C++ compiler" in reason or "it needs torch" in reason):
-        pytest.skip(reason)
-    assert reason is None  # where there is a compiler, a kernel that does not build is a failure
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def needs_what_it_tests(request: pytest.FixtureRequest):
+    if "op" not in request.fixturenames or type(request.getfixturevalue("op")) is Operation:
+        request.getfixturevalue("needs_the_kernel")
 
 
 def masked_eager(qkv: Tensor, n_head: int, keep: Tensor | None = None, p: float = 0.0) -> Tensor:
