@@ -1,4 +1,8 @@
-"""Names of PyTorch that are not public, in one place. Where one is gone, what asks takes the plain path."""
+"""PyTorch's private names, in one place.
+
+Each is looked up when it is used. Where a version of PyTorch lacks one, what asks for it takes the plain path: the
+results are the same, and only time or memory is lost.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,35 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["backward_keeps_graph", "constant_to_compiler", "missing", "onednn", "traced", "transformed", "untouched"]
+__all__ = [
+    "NAMES",
+    "backward_keeps_graph",
+    "constant_to_compiler",
+    "has_onednn",
+    "missing",
+    "onednn_linear",
+    "onednn_weight_gradient",
+    "traced",
+    "transformed",
+    "untouched",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-NAMES = (
-    "torch._C._are_functorch_transforms_active",
-    "torch._C._len_torch_dispatch_stack",
-    "torch._C._autograd._get_current_graph_task_keep_graph",
-    "torch.autograd.forward_ad._current_level",
-    "torch.ops.mkldnn._linear_pointwise",
-    "torch.ops.aten.mkldnn_linear_backward_weights",
-)
+# Without either, a transform is taken to be under way all the time.
+FUNCTION_TRANSFORMS = "torch._C._are_functorch_transforms_active"
+FORWARD_MODE_LEVEL = "torch.autograd.forward_ad._current_level"
+# Without it, a mode is taken to look at every operation.
+DISPATCH_MODES = "torch._C._len_torch_dispatch_stack"
+# Without it, every backward pass is taken to keep its graph.
+KEEPS_GRAPH = "torch._C._autograd._get_current_graph_task_keep_graph"
+# Without either, oneDNN makes no product.
+LINEAR = "torch.ops.mkldnn._linear_pointwise"
+WEIGHT_GRADIENT = "torch.ops.aten.mkldnn_linear_backward_weights"
+
+NAMES = (FUNCTION_TRANSFORMS, FORWARD_MODE_LEVEL, DISPATCH_MODES, KEEPS_GRAPH, LINEAR, WEIGHT_GRADIENT)
+"""All of them but the mark of `constant_to_compiler`, without which a compiler breaks its graph."""
 
 
 def found(name: str) -> Any:
@@ -50,7 +70,7 @@ def transformed() -> bool:
     under way. They know PyTorch's own operations only."""
     if torch.compiler.is_compiling():
         return False
-    active, level = found(NAMES[0]), found(NAMES[3])
+    active, level = found(FUNCTION_TRANSFORMS), found(FORWARD_MODE_LEVEL)
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return tracing or active is None or level is None or active() or level >= 0
 
@@ -59,7 +79,7 @@ def traced() -> bool:
     """Whether operations are recorded, or looked at by a mode, rather than only run."""
     if torch.compiler.is_compiling():
         return True
-    modes = found(NAMES[1])
+    modes = found(DISPATCH_MODES)
     return modes is None or modes() > 0
 
 
@@ -70,14 +90,28 @@ def untouched(*tensors: Tensor) -> bool:
 
 
 def backward_keeps_graph() -> bool:
-    """Whether the backward pass under way may be walked once more, so that what it reads must stay as it is."""
-    keeps = found(NAMES[2])
+    """Whether the backward pass under way may be repeated, so that what it reads must stay as it is."""
+    keeps = found(KEEPS_GRAPH)
     return keeps is None or bool(keeps())
 
 
-def onednn() -> bool:
-    """Whether PyTorch has the operations of its compiler that give oneDNN float32 products to make."""
-    return None not in (found(NAMES[4]), found(NAMES[5]))
+def has_onednn() -> bool:
+    """Whether there are the two operations below, which PyTorch has for its compiler: the only ones that give oneDNN
+    float32 to multiply as it lies."""
+    return found(LINEAR) is not None and found(WEIGHT_GRADIENT) is not None
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight^T + bias, for x (n, in), weight (out, in) and bias (out): (n, out). Without a gradient."""
+    product: Tensor = found(LINEAR)(x, weight, bias, "none", [], "")
+    return product
+
+
+def onednn_weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """x^T @ grad, for x (n, in) and grad (n, out): (in, out). Without a gradient."""
+    # Weights of PyTorch's own layers are (out, in): to have ours, input and gradient change places.
+    gradient: Tensor = found(WEIGHT_GRADIENT)(x.to_mkldnn(), grad.to_mkldnn(), x, False)[0]
+    return gradient
 
 
 def constant_to_compiler(function: Callable[P, R]) -> Callable[P, R]:

@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom to the top: a module imports from the layers below its own and from its own folder.
 LAYERS = [
     {"torch_private"},
-    {"torch_private"},
     {"config", "command_line", "device", "extras", "files", "machine"},
     {"ops"},
     {"recompute", "loss", "inputs", "tokenizer"},

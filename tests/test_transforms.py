@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from minigpt2 import GPT2, GPT2Config, torch_private
-from minigpt2.recompute import RECOMPUTE
+from minigpt2 import GPT2, GPT2Config
 
 CONFIG = GPT2Config(
     vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=2, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0
@@ -163,29 +162,3 @@ def test_a_copy_of_a_model_that_has_run() -> None:
     assert (twin.checkpoint_every, twin.recompute) == (1, "pointwise")
     assert all(p.grad is None for p in twin.parameters())
     assert torch.equal(twin.loss(*batch()), loss)
-
-
-def test_no_private_name_is_gone() -> None:
-    assert torch_private.missing() == []
-
-
-@pytest.mark.parametrize("name", torch_private.NAMES)
-def test_without_a_private_name_all_goes_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = GPT2(CONFIG, checkpoint_every=1)
-    ids, targets = batch()
-
-    def results() -> list[Tensor]:
-        model.zero_grad()
-        loss = model.loss(ids, targets)
-        loss.backward()
-        tokens = model.generate(ids, 4, temperature=0)
-        return [loss.detach(), tokens.float(), *(p.grad.clone() for p in model.parameters())]
-
-    expected = {}
-    for model.recompute in RECOMPUTE:
-        expected[model.recompute] = results()
-    monkeypatch.setattr(torch_private, "NAMES", tuple("torch.gone" if n == name else n for n in torch_private.NAMES))
-    assert torch_private.missing() == ["torch.gone"]
-    for model.recompute in RECOMPUTE:
-        torch.testing.assert_close(results(), expected[model.recompute])

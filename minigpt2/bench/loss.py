@@ -57,7 +57,9 @@ def bench_loss(
 
 def _step(library: str, n: int, width: int, vocab: int, bfloat16: bool) -> Callable[[], None]:
     torch.manual_seed(0)
-    hidden, weight = torch.randn(n, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
+    # Of the size that they have in GPT-2: large logits would slow products down by numbers that are nearly zero.
+    hidden = torch.randn(n, width, requires_grad=True)
+    weight = torch.randn(vocab, width).mul_(GPT2Config().initializer_range).requires_grad_()
     targets = torch.randint(vocab, (n,))
     loss: Callable[..., torch.Tensor] = linear_cross_entropy
     if library == "torch":

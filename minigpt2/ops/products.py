@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt2.ops import kernel
-from minigpt2.torch_private import onednn, traced, transformed
+from minigpt2.torch_private import has_onednn, onednn_linear, onednn_weight_gradient, traced, transformed
 
 __all__ = [
     "add_transposed_product",
@@ -48,7 +48,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     def product() -> Tensor:
         if onednn_serves(x.size(0) * weight.numel(), x, weight, bias):
-            return _linear(x, weight.t(), bias.contiguous())  # it takes the elements of another for granted
+            return onednn_linear(x, weight.t(), bias.contiguous())  # it takes the elements of another for granted
         return torch.addmm(bias, x, weight)
 
     if not torch.is_grad_enabled():
@@ -67,7 +67,7 @@ def project_transposed(x: Tensor, weight: Tensor) -> Tensor:
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, for a (n, k) and b (k, m): (n, m), contiguous. Without a gradient."""
     if onednn_serves(a.size(0) * b.numel(), a, b):
-        return _linear(a, b.t(), None)
+        return onednn_linear(a, b.t(), None)
     return torch.mm(a, b)
 
 
@@ -78,16 +78,14 @@ def add_transposed_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> 
         return
     for rows in range(0, to.size(0), BLOCK):
         target = to[rows : rows + BLOCK]
-        (target.copy_ if first else target.add_)(_linear(a[:, rows : rows + BLOCK].t(), b.t(), None))
+        (target.copy_ if first else target.add_)(onednn_linear(a[:, rows : rows + BLOCK].t(), b.t(), None))
 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """x^T @ grad, for x (n, in) and grad (n, out): (in, out), the gradient of a weight. Without a gradient."""
     if not onednn_serves(x.numel() * grad.size(1), x, grad):
         return torch.mm(x.t(), grad)
-    # Weights of PyTorch's own layers are (out, in): to have ours, input and gradient change places.
-    found: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(x.to_mkldnn(), grad.to_mkldnn(), x, False)[0]
-    return found
+    return onednn_weight_gradient(x, grad)
 
 
 def explain_products() -> str:
@@ -98,13 +96,6 @@ def explain_products() -> str:
 # oneDNN.
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight^T + bias by oneDNN: an operation that PyTorch has for its compiler, the only one that gives oneDNN
-    float32 to multiply as it lies."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
-
-
 @functools.cache
 def _onednn_is_faster() -> bool:
     info = Path("/proc/cpuinfo")
@@ -112,7 +103,7 @@ def _onednn_is_faster() -> bool:
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
-        and onednn()
+        and has_onednn()
         and info.exists()
         and _is_zen_5(info.read_text())
     )

@@ -222,8 +222,8 @@ def test_the_loss(onednn: None, reduction: str) -> None:
 
 
 def test_all_products_of_a_training_step_are_oneDNNs(onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, linear = [], products._linear  # a mode does not look into the loss, which is one operation
-    monkeypatch.setattr(products, "_linear", lambda *operands: calls.append(operands) or linear(*operands))
+    calls, linear = [], products.onednn_linear  # a mode does not look into the loss, which is one operation
+    monkeypatch.setattr(products, "onednn_linear", lambda *operands: calls.append(operands) or linear(*operands))
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=211, n_positions=32, n_embd=64, n_layer=2, n_head=4))
     ids = torch.randint(211, (3, 32))
