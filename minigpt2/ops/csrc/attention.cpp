@@ -357,7 +357,8 @@ template <class S, class A>
 void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t row_stride, const void* grad_out,
               int64_t grad_out_batch_stride, int64_t grad_out_row_stride, const void* out, const void* lse,
               void* grad_qkv, const Dropout& dropout) {
-  const int64_t heads = shape.B * shape.H, T = shape.T, threads = thread_count(), width = shape.H * shape.D;
+  const int64_t T = shape.T, threads = thread_count(), width = shape.H * shape.D;
+  const int64_t heads = T ? shape.B * shape.H : 0;  // a tensor without elements has no address to count from
   auto run = [&](int64_t head, int block, const Part& part) {
     const Head<const S> in(static_cast<const S*>(qkv), batch_stride, row_stride, shape, head);
     const Head<S> grad(static_cast<S*>(grad_qkv), T * 3 * width, 3 * width, shape, head);
