@@ -64,8 +64,10 @@ template <class W, class S> void copy_across(W* to, const S* from, int64_t strid
   std::memset(to, 0, sizeof(W) * size_t((padded - i) / depth) * D);
 }
 
-// to (D x KEYS, across its rows) = the transpose of up to KEYS rows of from, then zeros.
-template <class W, class S> void copy_transposed(W* to, const S* from, int64_t stride, int rows, int D) {
+// to (D x KEYS, across its rows) = factor * the transpose of up to KEYS rows of from, then zeros. Pairs take no factor:
+// it would round them.
+template <class W, class S>
+void copy_transposed(W* to, const S* from, int64_t stride, int rows, int D, [[maybe_unused]] Sum<W> factor) {
   constexpr int n = LANES<W>, depth = DEPTH<W>;
   const int words = D / depth;
   for (int key = 0; key < KEYS; key += n)
@@ -73,10 +75,17 @@ template <class W, class S> void copy_transposed(W* to, const S* from, int64_t s
       Vec<W> block[n];
       UNROLL for (int i = 0; i < n; i++)
         block[i] = key + i < rows ? load_along<W>(from + (key + i) * stride + d * depth, words - d) : Vec<W>{};
+      if constexpr (depth == 1)
+        UNROLL for (int i = 0; i < n; i++) block[i] *= factor;
       transpose<W>(block);
       UNROLL for (int i = 0; i < n; i++)
         if (depth == 1 || d + i < words) store(to + (d + i) * KEYS + key, block[i]);
     }
+}
+
+// Scores without their scale, which K^T takes where it can.
+template <class W> INLINE Vec<Sum<W>> scaled(Vec<Sum<W>> scores, Sum<W> scale) {
+  return DEPTH<W> == 1 ? scores : scores * scale;
 }
 
 struct Shape {
@@ -95,9 +104,9 @@ template <class S> struct Head {  // where one head's rows lie
 
 // Forward.
 
-// The softmax of one strip against one tile of keys: from scores s, without their scale, to dropout(P) in p. m, l and
-// factor are the strip's running maxima (of s), sums (by lane) and factors of rescaling. With `edge`, row i sees columns
-// up to diagonal + i. Returns whether a maximum grew.
+// The softmax of one strip against one tile of keys, from scores s to dropout(P) in p. m, l and factor are the strip's
+// running maxima (of s), sums (by lane) and factors of rescaling. With `edge`, row i sees columns up to diagonal + i.
+// Returns whether a maximum grew.
 template <class W, bool edge, class A = Sum<W>>
 INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, Vec<A>* l, A* factor,
                           const Dropout& dropout, const uint32_t (*keys)[2], int64_t first_column) {
@@ -122,14 +131,14 @@ INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, 
     grew |= old != m[i];
   }
   if (grew)
-    UNROLL for (int i = 0; i < strip_lanes; i += n) store(factor + i, exp_negative(load(shift + i) * scale));
+    UNROLL for (int i = 0; i < strip_lanes; i += n) store(factor + i, exp_negative(scaled<W>(load(shift + i), scale)));
   for (int i = 0; i < ROWS; i++) {
     IntVec<A> keep[KEYS / n] = {};
     if (dropout.active) dropout.mask<A>(keep, keys[i], first_column);
     Vec<A> sum = grew ? l[i] * factor[i] : l[i];
     UNROLL for (int j = 0; j < KEYS; j += n) {
       if (edge && j >= columns) break;
-      const Vec<A> e = exp_negative((load(s + i * KEYS + j) - m[i]) * scale);
+      const Vec<A> e = exp_negative(scaled<W>(load(s + i * KEYS + j) - m[i], scale));
       sum += e;
       store_along(p + (i * KEYS + j) / DEPTH<W>, dropout.active ? where<A>(keep[j / n], e) : e);
     }
@@ -152,7 +161,9 @@ void forward_block(const Shape& shape, const Head<const S>& in, S* out, A* lse, 
   W* k_transposed = scratch.take<W>(KEYS * D / depth);
   W* v = scratch.take<W>(KEYS * D / depth);
   A* s = scratch.take<A>(ROWS * KEYS);
-  W* p = scratch.take<W>(ROWS * KEYS / depth);
+  W* p;
+  if constexpr (depth == 1) p = s;
+  else p = scratch.take<W>(ROWS * KEYS / depth);
   A* factor = scratch.take<A>(ROWS * n);
   A* m = scratch.take<A>(padded);
   Vec<A>* l = scratch.take<Vec<A>>(padded);
@@ -166,7 +177,7 @@ void forward_block(const Shape& shape, const Head<const S>& in, S* out, A* lse, 
   const int64_t last_row = first_row + rows - 1;
   for (int64_t first_key = 0; first_key <= last_row; first_key += KEYS) {
     const int tile_keys = int(std::min<int64_t>(KEYS, shape.T - first_key));
-    copy_transposed(k_transposed, in.k + first_key * in.stride, in.stride, tile_keys, D);
+    copy_transposed(k_transposed, in.k + first_key * in.stride, in.stride, tile_keys, D, scale);
     copy_across(v, in.v + first_key * in.stride, in.stride, tile_keys, KEYS, D);
     const int above = int(std::max<int64_t>(0, first_key - first_row)) / ROWS * ROWS;  // rows that see none of the tile
     for (int i = above; i < padded; i += ROWS) {
@@ -190,7 +201,7 @@ void forward_block(const Shape& shape, const Head<const S>& in, S* out, A* lse, 
     const A factor = A(dropout.active ? dropout.keep_scale : 1) / total;
     S* to = out + (first_row + i) * shape.H * D;
     for (int d = 0; d < D; d += n) store_as<A>(to + d, load(O + i * D + d) * factor);
-    lse[first_row + i] = m[i] * scale + std::log(total);
+    lse[first_row + i] = scaled<W>(splat(m[i]), scale)[0] + std::log(total);
   }
 }
 
@@ -265,8 +276,8 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
     for (int t = 0; t < padded; t += KEYS) {
       const int count = std::min(KEYS, block_keys - t);
       const int64_t at = (block_key + t) * in.stride;
-      copy_transposed(k_transposed + t * D / depth, in.k + at, in.stride, count, D);
-      copy_transposed(v_transposed + t * D / depth, in.v + at, in.stride, count, D);
+      copy_transposed(k_transposed + t * D / depth, in.k + at, in.stride, count, D, scale);
+      copy_transposed(v_transposed + t * D / depth, in.v + at, in.stride, count, D, A(1));
     }
     if (part.dq) copy_across(k, in.k + block_key * in.stride, in.stride, block_keys, padded, D);
 
@@ -320,7 +331,7 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
               if (dropout.active) dropout.mask<A>(kept, keys[i + r], first_key);
               UNROLL for (int j = 0; j < KEYS / n; j++) {
                 if (j * n >= columns) break;
-                const Vec<A> x = load(s + r * KEYS + j * n) * scale - lse[i + r];
+                const Vec<A> x = scaled<W>(load(s + r * KEYS + j * n), scale) - lse[i + r];
                 probability[j] = exp_negative(x > A(0) ? Vec<A>{} : x);  // a huge lse, rounded, must not make P > 1
                 row_dp[j] = load(dp + r * KEYS + j * n);
                 if (dropout.active) row_dp[j] = where<A>(kept[j], row_dp[j]);
