@@ -10,9 +10,18 @@
 //                P <- exp(Q K^T - lse);  dP <- dropout(dOut V^T);  dS <- P (dP - delta)
 //                dV += dropout(P)^T dOut;  dK += scale dS^T Q;  dQ += scale dS K
 // q, k and v are read where the projection left them, in the packed (B, T, 3C) tensor, and copied tile by tile into
-// small contiguous buffers in the type that the arithmetic uses. Every matrix product is one micro-kernel: a strip of
+// small contiguous buffers in the type that is multiplied. Every matrix product is one micro-kernel: a strip of
 // ROWS x (PANEL vectors) that stays in registers. Tiles lie on one grid and are added in ascending order whatever the
 // blocks and the threads are, so results do not depend on either, bit for bit.
+//
+// Sums, the softmax and delta are float32, or float64 for float64. bfloat16 is widened to float32 for the products,
+// unless the processor multiplies bfloat16 itself. Then Q, K, V and dOut are multiplied as they are, and P and dS are
+// rounded to bfloat16 first, as a plain bfloat16 form rounds them. Such a processor takes numbers in pairs that follow
+// each other in the summed dimension, so each operand is copied to lie the way that its product needs (operand.h):
+//   Q K^T, dOut V^T    the left one along its rows, the right one, transposed, across them
+//   P V, dS K          P and dS along their rows, V and K across them
+//   P^T dOut, dS^T Q   both across their rows
+// Q, dOut and dS are needed both ways, and kept both ways.
 //
 // A product never touches a pair (row, key) above the diagonal, not even to multiply it by zero: a NaN reaches only the
 // rows that see it.
@@ -26,6 +35,7 @@
 #include "dropout.h"
 #include "interface.h"
 #include "microkernel.h"
+#include "operand.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -33,12 +43,13 @@ using namespace minigpt2;
 
 namespace {
 
-// Bytes are those of float32 at D = 64.
+// Bytes are those of float32 at D = 64. Where bfloat16 is multiplied, which takes half of them, tiles and blocks of the
+// backward pass are twice as long.
 constexpr int KEYS = MASK_COLUMNS;  // of a tile: a strip of scores is 1.5 KB, K^T and V of a tile 16 KB each
 constexpr int QUERY_BLOCK = 384;    // forward: query rows that share one copy of a key tile; q and O take 192 KB of L2
 constexpr int QUERY_TILE = 48;      // backward: P and dS of a tile, 12 KB each, stay in L1 with one more operand
 constexpr int KEY_BLOCK = 384;      // backward: keys between two visits to a query row; 5 buffers of 96 KB in L2
-constexpr int MIN_BLOCK = 192;      // the smallest block: a multiple of KEYS, of QUERY_TILE and of ROWS
+constexpr int MIN_BLOCK = 192;      // the smallest block: a multiple of KEYS, of 2 QUERY_TILE and of ROWS
 
 // Copying tiles.
 
@@ -243,6 +254,7 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
                    int block, const Dropout& dropout) {
   using W = Operand<S, A>;
   constexpr int n = LANES<A>, depth = DEPTH<W>;
+  constexpr int query_tile = QUERY_TILE * depth;
   constexpr bool one_layout = depth == 1;  // along and across are the same
   const int D = shape.D;
   const int64_t T = shape.T, out_stride = shape.H * D;
@@ -251,25 +263,26 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
   // written.
   const A keep_scale = A(dropout.active ? dropout.keep_scale : 1), ds_scale = scale * keep_scale;
   block = std::min(block, round_up(T, KEYS));
-  scratch.reserve(sizeof(A) * (size_t(block) * D * 5 + QUERY_TILE * (5 * D + 3 * KEYS + 4) + 2 * ROWS * KEYS) + 24 * 64);
+  scratch.reserve(sizeof(A) * (size_t(block) * D * 5 + query_tile * (5 * D + 3 * KEYS + 4) + 2 * ROWS * KEYS) +
+                  24 * 64);
   W* k_transposed = scratch.take<W>(size_t(block) * D / depth);  // tile after tile, D x KEYS each
   W* v_transposed = scratch.take<W>(size_t(block) * D / depth);
   W* k = scratch.take<W>(size_t(block) * D / depth);
   A* dk = scratch.take<A>(size_t(block) * D);
   A* dv = scratch.take<A>(size_t(block) * D);
-  W* q = scratch.take<W>(QUERY_TILE * D / depth);
-  W* q_across = one_layout ? q : scratch.take<W>(QUERY_TILE * D / depth);
-  W* dout = scratch.take<W>(QUERY_TILE * D / depth);
-  W* dout_across = one_layout ? dout : scratch.take<W>(QUERY_TILE * D / depth);
-  A* dq = scratch.take<A>(QUERY_TILE * D);
+  W* q = scratch.take<W>(query_tile * D / depth);
+  W* q_across = one_layout ? q : scratch.take<W>(query_tile * D / depth);
+  W* dout = scratch.take<W>(query_tile * D / depth);
+  W* dout_across = one_layout ? dout : scratch.take<W>(query_tile * D / depth);
+  A* dq = scratch.take<A>(query_tile * D);
   A* s = scratch.take<A>(ROWS * KEYS);
   A* dp = scratch.take<A>(ROWS * KEYS);
-  W* p_across = scratch.take<W>(QUERY_TILE * KEYS / depth);
-  W* ds = scratch.take<W>(QUERY_TILE * KEYS / depth);
-  W* ds_across = one_layout ? ds : scratch.take<W>(QUERY_TILE * KEYS / depth);
-  A* lse = scratch.take<A>(QUERY_TILE);
-  A* delta = scratch.take<A>(QUERY_TILE);
-  auto keys = scratch.take<uint32_t[2]>(QUERY_TILE);
+  W* p_across = scratch.take<W>(query_tile * KEYS / depth);
+  W* ds = scratch.take<W>(query_tile * KEYS / depth);
+  W* ds_across = one_layout ? ds : scratch.take<W>(query_tile * KEYS / depth);
+  A* lse = scratch.take<A>(query_tile);
+  A* delta = scratch.take<A>(query_tile);
+  auto keys = scratch.take<uint32_t[2]>(query_tile);
 
   for (int64_t block_key = part.first_key; block_key < part.end_key; block_key += block) {
     const int block_keys = int(std::min<int64_t>(block, T - block_key)), padded = round_up(block_keys, KEYS);
@@ -285,8 +298,8 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
       std::memset(dk, 0, sizeof(A) * padded * D);
       std::memset(dv, 0, sizeof(A) * padded * D);
     }
-    for (int64_t first_row = std::max(block_key, part.first_row); first_row < part.end_row; first_row += QUERY_TILE) {
-      const int rows = int(std::min<int64_t>(QUERY_TILE, T - first_row)), strips = round_up(rows, ROWS);
+    for (int64_t first_row = std::max(block_key, part.first_row); first_row < part.end_row; first_row += query_tile) {
+      const int rows = int(std::min<int64_t>(query_tile, T - first_row)), strips = round_up(rows, ROWS);
       const S *from_q = in.q + first_row * in.stride, *from_dout = grad_out + first_row * grad_out_stride;
       copy_along(q, from_q, in.stride, rows, strips, D);
       copy_along(dout, from_dout, grad_out_stride, rows, strips, D);
@@ -423,7 +436,8 @@ void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t
   // the same order.
   const double one_pass = 5.0 * double((heads + threads - 1) / threads), two_passes = 7.0 * heads / threads;
   if (one_pass <= two_passes || T <= MIN_BLOCK) {
-    const int block = std::clamp(KEY_BLOCK * 64 / shape.D / MIN_BLOCK * MIN_BLOCK, MIN_BLOCK, KEY_BLOCK);
+    const int most = KEY_BLOCK * DEPTH<Operand<S, A>>;
+    const int block = std::clamp(most * 64 / shape.D / MIN_BLOCK * MIN_BLOCK, MIN_BLOCK, most);
     for_each_task(heads, [&](int64_t head) { run(head, block, {true, true, 0, T, 0, T}); });
     return;
   }

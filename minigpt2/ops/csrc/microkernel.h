@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "operand.h"
 #include "simd.h"
 
 namespace minigpt2 {
@@ -20,14 +21,13 @@ constexpr int PANEL = 4;  // vectors of columns of a strip. 32 registers: 6 x 4 
 constexpr int PANEL = 2;  // vectors of columns of a strip. 16 registers: 6 x 2 sums, 2 loads, 1 broadcast
 #endif
 
-// One strip of c += a b: R rows, NV vectors of columns, k from 0 to n. a and b are made of words W of DEPTH numbers, and
-// n counts words; b lies across its rows. Pairs (row i, k) on the wrong side of the diagonal, where k counts numbers, are
-// left out:
-//   Walk::rows  a is rows of scores (i: query, k: key) and lies along them, (i, k) at a[i * lda + k / DEPTH];
+// One strip of c += a b: R rows, NV vectors of columns, n words in the dimension k that is summed over. b lies across
+// its rows. Products (row i, k) on the wrong side of the diagonal are left out; k counts numbers, not words:
+//   Walk::rows  a is rows of scores (i: query, k: key) and lies along them, (i, k) in a[i * lda + k / DEPTH];
 //               i sees k <= diagonal + i
-//   Walk::keys  a is columns of scores (i: key, k: query) and lies across its rows, (i, k) at a[k / DEPTH * lda + i];
+//   Walk::keys  a is columns of scores (i: key, k: query) and lies across its rows, (i, k) in a[k / DEPTH * lda + i];
 //               i is seen by k >= diagonal + i
-// The diagonal and R are multiples of DEPTH.
+// The diagonal and R are multiples of DEPTH: a word straddles the diagonal in one row only.
 enum class Walk { rows, keys };
 
 template <class W, int R, int NV, Walk walk, int first, int last>
@@ -40,7 +40,7 @@ INLINE void multiply_add(Vec<Sum<W>> (&c)[R][NV], const W* a, ptrdiff_t lda, con
   }
 }
 
-// The same for row i alone, which sees one number of the pair: the other may be NaN, in a and in b.
+// The same for row i alone, which sees one number of a pair. The other may be anything, in a and in b.
 template <int i, int R, int NV, Walk walk>
 INLINE void multiply_add_half(Vec<float> (&c)[R][NV], const Pair* a, ptrdiff_t lda, const Pair* b) {
   constexpr uint32_t seen = walk == Walk::rows ? 0xffff : 0xffff0000;
@@ -53,11 +53,11 @@ INLINE void product(Vec<Sum<W>> (&c)[R][NV], const W* a, ptrdiff_t lda, const W*
                     std::index_sequence<t...>) {
   constexpr int depth = DEPTH<W>;
   const ptrdiff_t step = walk == Walk::rows ? 1 : lda;
-  const int corners = diagonal / depth;  // the first word of which some rows see a part or nothing
+  const int on_diagonal = diagonal / depth;  // the first word that the diagonal cuts
   auto corner = [&](auto number) {
     constexpr int i = number() * depth, first = walk == Walk::rows ? i + depth - 1 : 0,
                   last = walk == Walk::rows ? R : i + 1;
-    const int k = corners + number();
+    const int k = on_diagonal + number();
     if (k < 0 || k >= n) return;
     multiply_add<W, R, NV, walk, first, last>(c, a + k * step, lda, b + k * ldb);
     if constexpr (depth == 2)
@@ -66,9 +66,9 @@ INLINE void product(Vec<Sum<W>> (&c)[R][NV], const W* a, ptrdiff_t lda, const W*
   int begin = 0, end = n;
   if constexpr (walk == Walk::keys) {
     (corner(std::integral_constant<int, int(t)>{}), ...);
-    begin = std::clamp(corners + R / depth, 0, n);
+    begin = std::clamp(on_diagonal + R / depth, 0, n);
   } else {
-    end = std::clamp(corners, 0, n);
+    end = std::clamp(on_diagonal, 0, n);
   }
   for (int k = begin; k < end; k++) multiply_add<W, R, NV, walk, 0, R>(c, a + k * step, lda, b + k * ldb);
   if constexpr (walk == Walk::rows) (corner(std::integral_constant<int, int(t)>{}), ...);

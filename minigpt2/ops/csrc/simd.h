@@ -9,12 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <utility>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #define INLINE [[gnu::always_inline]] inline
 #define UNROLL _Pragma("GCC unroll 16")
@@ -146,62 +141,6 @@ template <class A> INLINE void store_as(BFloat16* p, Vec<float> v) {
   Half h = __builtin_convertvector(rounded, Half);
   std::memcpy(p, &h, sizeof h);
 }
-
-// What a product multiplies at a time.
-//
-// A processor that multiplies bfloat16 takes two numbers of each operand at once, neighbours in the dimension that is
-// summed over, and adds both products to a float. W, an operand's word, is such a Pair there, and A itself elsewhere.
-
-struct Pair { uint32_t bits; };  // the first number in the low half
-template <> struct Simd<Pair> { typedef typename Simd<float>::Word V; };
-
-#ifdef __AVX512BF16__
-constexpr bool MULTIPLIES_BFLOAT16 = true;
-#else
-constexpr bool MULTIPLIES_BFLOAT16 = false;
-#endif
-template <class S, class A>
-using Operand = std::conditional_t<MULTIPLIES_BFLOAT16 && std::is_same_v<S, BFloat16>, Pair, A>;
-template <class W> constexpr int DEPTH = std::is_same_v<W, Pair> ? 2 : 1;             // numbers in a word
-template <class W> using Sum = std::conditional_t<std::is_same_v<W, Pair>, float, W>;  // of products of words
-
-// Matrices of words: `along` the rows a word is of one row and of neighbouring columns, `across` them it is of one
-// column and of neighbouring rows. Where a word is one number, the two are the same.
-
-template <class A> INLINE Vec<A> add_product(Vec<A> sum, A x, Vec<A> y) { return sum + x * y; }
-template <class W, class S> INLINE Vec<W> load_along(const S* row, int) { return load_as<W>(row); }
-template <class W, class S> INLINE Vec<W> load_across(const S* row, const S*) { return load_as<W>(row); }
-template <class A> INLINE void store_along(A* to, Vec<A> v) { store(to, v); }
-template <class A> INLINE void store_across(A* to, const Vec<A> (&rows)[1]) { store(to, rows[0]); }
-
-#ifdef __AVX512BF16__
-INLINE Vec<float> add_product(Vec<float> sum, Pair x, Vec<Pair> y) {
-  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(x.bits + Vec<Pair>{}), (__m512bh)y);
-}
-// `words` are left in the row: 8, or as many as a vector has or more.
-template <> INLINE Vec<Pair> load_along<Pair>(const BFloat16* row, int words) {
-  Vec<Pair> v{};
-  if (words < LANES<Pair>) std::memcpy(&v, row, sizeof v / 2);
-  else std::memcpy(&v, row, sizeof v);
-  return v;
-}
-template <> INLINE Vec<Pair> load_across<Pair>(const BFloat16* row, const BFloat16* next) {  // next: null for zeros
-  const Vec<float> low = load_as<float>(row), high = next ? load_as<float>(next) : Vec<float>{};
-  return ((Vec<Pair>)low >> 16) | (Vec<Pair>)high;
-}
-INLINE void store_along(Pair* to, Vec<float> v) {
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(to, &rounded, sizeof rounded);
-}
-INLINE void store_across(Pair* to, const Vec<float> (&rows)[2]) {
-  typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES)));
-  Halves order;
-  UNROLL for (int i = 0; i < 32; i++) order[i] = uint16_t(i / 2 + i % 2 * 16);
-  const auto rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]);
-  const __m512i words = _mm512_permutexvar_epi16((__m512i)order, rounded);
-  std::memcpy(to, &words, sizeof words);
-}
-#endif
 
 inline int round_up(int64_t n, int step) { return int((n + step - 1) / step * step); }
 
