@@ -5,8 +5,8 @@
 // elsewhere one of numbers. Throughout, W is a word of an operand, a Pair or the type A of the arithmetic, and DEPTH
 // says how many numbers it holds.
 //
-// A matrix of words lies `along` its rows if the numbers of a word are of one row and neighbouring columns, and `across`
-// them if they are of neighbouring rows and one column. Where a word is one number the two are the same.
+// A matrix of words lies `along` its rows if the numbers of a word are of one row and neighbouring columns, and
+// `across` them if they are of neighbouring rows and one column. Where a word is one number the two are the same.
 
 #pragma once
 
