@@ -1,11 +1,14 @@
 """bfloat16 is multiplied as bfloat16 on some processors and as float32 on the others: both are tested on the first."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from minigpt2.ops import build
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,8 +42,7 @@ def test_without_the_processors_bfloat16_products(tmp_path):
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text(encoding="utf-8"):
         pytest.skip("this processor has none, and all tests run without")
-    compiler = os.environ.get("CXX", "c++")
-    without = {"CXX": f"{compiler} -U__AVX512BF16__", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    without = {"CXX": shlex.join([*build.compiler(), "-U__AVX512BF16__"]), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     ours, others = run("-c", DIGEST).split(), run("-c", DIGEST, **without).split()
     assert ours[0] == others[0]
     assert ours[1] != others[1]
