@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["complain", "deferred", "one_line_warnings", "parsed", "replace_unprintable"]
+import tyro
+
+__all__ = ["complain", "deferred", "one_line_warnings", "optional", "parsed", "replace_unprintable"]
 
 T = TypeVar("T")
+
+
+def optional(metavar: str) -> object:
+    """For `Annotated`: an option that may be left out, whose help says itself what then holds."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 def parsed(parse: Callable[[], T]) -> T:
@@ -33,6 +42,8 @@ def parsed(parse: Callable[[], T]) -> T:
 
 def deferred(function: Callable[..., T]) -> Callable[..., Callable[[], T]]:
     """The function for tyro to parse and not yet to run: with its signature and docstring, it returns the call."""
+    # tyro keeps a line break before an indented line, as if it were an example.
+    function.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Callable[[], T]:
