@@ -41,7 +41,7 @@ from minigpt2.ops.attention import resolve_backend
 from minigpt2.tokenizer import END_OF_TEXT
 from minigpt2.training import snapshot
 from minigpt2.training.guards import NonFiniteError, stop_on_signals
-from minigpt2.training.metrics import TRACKERS, Metrics, Speedometer, Steps, check_trackers, plot_losses
+from minigpt2.training.metrics import Metrics, Speedometer, Steps, check_trackers, plot_losses
 from minigpt2.training.parallel import Processes, distribute, started
 from minigpt2.training.state import RunState, seed_of
 from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_loss, save_weights
@@ -51,9 +51,7 @@ from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_l
 class TrainConfig:
     """Train a GPT-2 from scratch, or fine-tune one with --init.
     $ minigpt2 train --data texts/ --out runs/first
-    $ minigpt2 train --data texts/ --init gpt2 --out runs/tuned
-    $ minigpt2 train --out runs/first --resume
-    """
+    $ minigpt2 train --data texts/ --init gpt2 --out runs/tuned"""
 
     data: Annotated[Path | None, optional("PATH")] = None
     """UTF-8 text: a file, or a folder of files; or token files from `minigpt2 prepare`. Default: the Python standard
@@ -123,8 +121,7 @@ class TrainConfig:
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, in the run folder's tb/. Needs pip install 'minigpt2[tensorboard]'."""
     wandb: bool = False
-    """Show the metrics on Weights & Biases too, as one run of project minigpt2 or $WANDB_PROJECT; WANDB_MODE=offline
-    keeps them in the run folder's wandb/. Needs pip install 'minigpt2[wandb]'."""
+    """Show the metrics on Weights & Biases too, project $WANDB_PROJECT. Needs pip install 'minigpt2[wandb]'."""
 
     def check(self) -> None:
         """Raise ValueError with every setting that is out of range."""
@@ -142,7 +139,7 @@ class TrainConfig:
             problems.append("--resume needs --out, the folder of the run to continue")
         if self.memory_budget is not None and (self.checkpoint_every or self.recompute != "block"):
             problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it alone")
-        if problems := problems or check_trackers([name for name in TRACKERS if getattr(self, name)]):
+        if problems := problems or check_trackers(self.to_json()):
             raise ValueError("; ".join(problems))
 
     def to_json(self) -> dict[str, Any]:
@@ -258,14 +255,14 @@ def train(trainer: Trainer, out: Path) -> int:
     """The loop: step, validate, log, snapshot. Returns 0, or the exit status of the signal that ended it."""
     config, processes = trainer.config, trainer.processes
     speedometer = Speedometer(trainer.model.config, config.length, processes, DTYPES[config.precision])
-    first, shown = {}, {name: getattr(config, name) for name in TRACKERS}
+    first = {}
     if trainer.step == 0:
         first["val_loss_before"] = trainer.best = trainer.validate()
         trainer.say(f"validation loss before training: {trainer.val_loss:.4f}")
         if config.snapshot_every:
             trainer.save(out / "snapshots", config.keep)
     with (
-        Metrics(out, trainer.step, **shown, settings=config.to_json(), writes=processes.main) as metrics,
+        Metrics(out, trainer.step, config.to_json(), writes=processes.main) as metrics,
         Steps(total=config.max_steps, initial=trainer.step, disable=not processes.main) as bar,
         stop_on_signals() as stop,
     ):

@@ -5,7 +5,6 @@ What a verb needs is imported when it is called, so that the others start fast.
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minigpt2 import __version__
-from minigpt2.command_line import deferred, one_line_warnings, optional, parsed, replace_unprintable
+from minigpt2.command_line import deferred, one_line_warnings, optional, parsed, reader_left, replace_unprintable
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +46,8 @@ def generate(
 
     Args:
         model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
-        prompt: The text to continue; '' begins a new one. Default: what comes from standard input; on a terminal you type
-            texts for the model to continue, until Ctrl-D.
+        prompt: The text to continue; '' begins a new one. Default: what comes from standard input; on a terminal you
+            type texts for the model to continue, until Ctrl-D.
         file: Continue the text of this file instead, without the newline at its end; - is standard input.
         num: How many samples to make.
         max_new_tokens: The most tokens to add. A sample ends earlier where the model ends its text, with <|endoftext|>,
@@ -245,7 +244,7 @@ def train() -> int:
 
 
 def info() -> None:
-    """Print the versions, the device, and what computes here and why.
+    """Print versions, the device, and which attention backend is used here and why.
     $ minigpt2 info
     """
     from importlib.metadata import version
@@ -283,9 +282,8 @@ def main() -> int:
                 bench()
             else:
                 _run(verbs, "minigpt2", sys.argv[1:], DESCRIPTION)
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
-        return 141
+    except BrokenPipeError:
+        return reader_left()
     except (ValueError, OSError) as error:
         print(f"minigpt2: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import io
+import os
 import re
 import sys
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-__all__ = ["complain", "deferred", "one_line_warnings", "optional", "parsed", "replace_unprintable"]
+__all__ = ["complain", "deferred", "one_line_warnings", "optional", "parsed", "reader_left", "replace_unprintable"]
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ def parsed(parse: Callable[[], T]) -> T:
         if end.code != 2:
             raise
         raise ValueError(_one_line(said.getvalue())) from None
+    except BrokenPipeError:  # of the help
+        raise SystemExit(reader_left()) from None
     sys.stderr.write(said.getvalue())
     return result
 
@@ -72,6 +75,12 @@ def replace_unprintable() -> None:
     """Have standard output show ? for each character that its encoding lacks, where it would raise an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def reader_left() -> int:
+    """Close standard output, whose reader, such as `head`, has what it wanted; return the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
+    return 141
 
 
 def complain(error: Exception, status: int) -> int:

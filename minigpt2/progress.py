@@ -15,7 +15,7 @@ EVERY = 20.0
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}{postfix}, {elapsed} gone, {remaining} left"
 
 
-class Progress(tqdm):
+class Progress(tqdm):  # type: ignore[type-arg]
     """tqdm's bar, drawn on standard error if that is a terminal. Otherwise it is one `line` (in the words of tqdm's
     `bar_format`) after the first step, every EVERY seconds and at the end. tqdm's environment variables hold:
     TQDM_DISABLE=1 shows neither, and TQDM_MININTERVAL=300 makes lines rarer.

@@ -21,7 +21,6 @@ from minigpt2.progress import Progress
 from minigpt2.training.parallel import Processes
 
 __all__ = [
-    "TRACKERS",
     "Metrics",
     "Speedometer",
     "Steps",
@@ -35,13 +34,13 @@ __all__ = [
 FILE = "metrics.jsonl"
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
-"""What can show a run beside its file: the extra that brings it, which is the setting that asks for it; its module."""
+"""What shows a run beside its file: the setting that asks for it, which is the extra that brings it; its module."""
 
 
-def check_trackers(names: list[str]) -> list[str]:
-    """What keeps each of these TRACKERS from showing a run, in a line that says what to do about it."""
+def check_trackers(settings: dict[str, Any]) -> list[str]:
+    """What keeps each tracker that these settings ask for from showing a run, with what to do about it."""
     problems = []
-    for name in names:
+    for name in filter(settings.get, TRACKERS):
         try:
             tracker = import_extra(name, TRACKERS[name], f"--{name}")
             online = os.environ.get("WANDB_MODE", "online") == "online"
@@ -55,8 +54,8 @@ def check_trackers(names: list[str]) -> list[str]:
 
 
 class Metrics:
-    """`folder`/metrics.jsonl: one JSON object a step; with `tensorboard`, the same for TensorBoard in `folder`/tb; with
-    `wandb`, for Weights & Biases, as one run there however often it is resumed, with `settings` as its configuration.
+    """`folder`/metrics.jsonl: one JSON object a step; and the same for TensorBoard in `folder`/tb, and for Weights &
+    Biases, where the run's `settings` have `tensorboard` or `wandb`.
 
     `step` is where the run goes on: rows of later steps, which a killed run left, are removed. Of many processes only
     one `writes`.
@@ -67,15 +66,9 @@ class Metrics:
     _wandb: Any
 
     def __init__(
-        self,
-        folder: Path,
-        step: int = 0,
-        *,
-        tensorboard: bool = False,
-        wandb: bool = False,
-        settings: dict[str, Any] | None = None,
-        writes: bool = True,
+        self, folder: Path, step: int = 0, settings: dict[str, Any] | None = None, *, writes: bool = True
     ) -> None:
+        settings = settings or {}
         self._started, self._before, self._file = time.perf_counter(), 0.0, None
         self._board = self._wandb = None
         if not writes:
@@ -86,10 +79,10 @@ class Metrics:
             new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._before = float(rows[-1]["seconds"]) if rows else 0.0
         self._file = self._path.open("a", encoding="utf-8")
-        if tensorboard:
+        if settings.get("tensorboard"):
             writer = import_extra("tensorboard", TRACKERS["tensorboard"], "--tensorboard").SummaryWriter
             self._board = writer(str(folder / "tb"), purge_step=step + 1)
-        if wandb:
+        if settings.get("wandb"):
             self._wandb = _wandb_run(folder, settings)
 
     @property
@@ -134,9 +127,9 @@ class Metrics:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
 
-def _wandb_run(folder: Path, settings: dict[str, Any] | None) -> Any:
-    """The run of Weights & Biases that belongs to a run folder, which knows it by `folder`/wandb/id. Project and name
-    are those of WANDB_PROJECT and WANDB_NAME, else minigpt2 and the folder's name."""
+def _wandb_run(folder: Path, settings: dict[str, Any]) -> Any:
+    """The run at Weights & Biases that belongs to a run folder, always the same one, by its id in `folder`/wandb/id.
+    Project and name are those of WANDB_PROJECT and WANDB_NAME, else minigpt2 and the folder's name."""
     wandb = import_extra("wandb", TRACKERS["wandb"], "--wandb")
     known = folder / "wandb" / "id"
     if not known.exists():
