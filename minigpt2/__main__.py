@@ -59,17 +59,17 @@ def generate(
         attention: What computes attention: auto, eager, sdpa or fused (`minigpt2 info` says which auto is).
         device: cpu, cuda, cuda:N, mps, or auto, the best there is.
     """
-    from minigpt2.console import converse, print_samples, read_prompt
-
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"--seed must be from 0 to 2**64 - 1, got {seed}")
     if num < 1:
         raise ValueError(f"--num must be >= 1, got {num}")
+    import torch
+
+    from minigpt2.console import converse, print_samples, read_prompt
+
     text = read_prompt(prompt, file)
     if text is None and num > 1:
         raise ValueError(f"--num {num} needs a text to continue: give --prompt or --file")
-    import torch
-
     network, place = _load(model, attention, device)
     generator = None if seed is None else torch.Generator(place).manual_seed(seed)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "of_downloads"]
 
 EVERY = 20.0
 """Seconds from one line to the next."""
@@ -26,6 +28,7 @@ class Progress(tqdm):  # type: ignore[type-arg]
     def __init__(self, *args: Any, line: str = LINE, disable: bool = False, **options: Any) -> None:
         if disable:  # an argument overrides TQDM_DISABLE, so False is not passed on
             options["disable"] = True
+        options.pop("name", None)  # of some versions of huggingface_hub, which tqdm does not know
         if sys.stderr is None or not sys.stderr.isatty():
             self._lines = _Lines()
             options |= {"file": self._lines, "bar_format": line, "miniters": 1}
@@ -46,6 +49,15 @@ class Progress(tqdm):  # type: ignore[type-arg]
     def finish(self) -> None:
         """All is done: what was counted is the whole, whatever the total was expected to be."""
         self.total = self.n
+
+
+def of_downloads(download: Callable[..., Any]) -> dict[str, Any]:
+    """The argument with which huggingface_hub's `download` shows its progress as ours, where its version has one and
+    bars are not turned off (HF_HUB_DISABLE_PROGRESS_BARS=1)."""
+    from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
+
+    known = "tqdm_class" in inspect.signature(download).parameters
+    return {"tqdm_class": Progress} if known and not are_progress_bars_disabled() else {}
 
 
 class _Lines:

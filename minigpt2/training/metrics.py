@@ -156,14 +156,16 @@ class Steps(Progress):
     """The progress of a run, with its losses and its speed."""
 
     def __init__(self, total: int, initial: int, disable: bool) -> None:
+        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         line = "step {n_fmt}/{total_fmt}{postfix}, {elapsed} gone, {remaining} left"
-        super().__init__(total=total, initial=initial, unit="step", line=line, disable=disable)
+        super().__init__(total=total, initial=initial, bar_format=bar, line=line, disable=disable)
 
     def show(self, row: dict[str, Any], val_loss: float) -> None:
         """Count a step, given its row of metrics and the newest validation loss."""
-        losses = f"loss {row['loss']:.3f}, validation {val_loss:.3f}"
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_memory_gib']:.2f} GiB"
-        self.set_postfix_str(f"{losses}, {speed}", refresh=False)
+        text = f"loss {row['loss']:.3f}, validation {val_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        if self.ncols is None or self.ncols >= 100:  # or the terminal has no room for it
+            text += f", peak {row['peak_memory_gib']:.2f} GiB"
+        self.set_postfix_str(text, refresh=False)
         self.update()
 
 
