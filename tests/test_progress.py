@@ -65,6 +65,13 @@ def test_variables_of_tqdm_hold(variables, lines):
     assert "\r" not in done.stderr
 
 
+def test_a_run_with_tqdm_disabled_prints_its_validations_alone(tmp_path):
+    settings = command(*make_inputs(tmp_path), *arguments(SHORT | {"out": tmp_path / "run"}))
+    done = subprocess.run(settings, env=environment() | {"TQDM_DISABLE": "1"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(re.findall(r"^step \d+: validation loss [\d.]+$", done.stdout, re.MULTILINE)) == 2
+
+
 def test_a_log_of_a_run_has_lines_of_step_losses_speed_and_time_left(tmp_path):
     settings = command(*make_inputs(tmp_path), *arguments(SHORT | {"out": tmp_path / "run"}))
     env = {key: value for key, value in environment().items() if not key.startswith("TQDM_")}

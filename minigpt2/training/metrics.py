@@ -162,6 +162,8 @@ class Steps(Progress):
 
     def show(self, row: dict[str, Any], val_loss: float) -> None:
         """Count a step, given its row of metrics and the newest validation loss."""
+        if self.disable:
+            return
         text = f"loss {row['loss']:.3f}, validation {val_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
         if self.ncols is None or self.ncols >= 100:  # or the terminal has no room for it
             text += f", peak {row['peak_memory_gib']:.2f} GiB"
