@@ -12,8 +12,10 @@ import pytest
 from terminal import on_a_terminal
 from tiny_runs import arguments, command, environment, make_inputs
 
+import train
 from minigpt2 import progress
 from minigpt2.progress import Progress, of_downloads
+from minigpt2.training.metrics import Steps
 
 SHORT = {"max_steps": 12, "snapshot_every": 0, "eval_every": 6}
 
@@ -65,23 +67,24 @@ def test_variables_of_tqdm_hold(variables, lines):
     assert "\r" not in done.stderr
 
 
-def test_a_run_with_tqdm_disabled_prints_its_validations_alone(tmp_path):
-    settings = command(*make_inputs(tmp_path), *arguments(SHORT | {"out": tmp_path / "run"}))
-    done = subprocess.run(settings, env=environment() | {"TQDM_DISABLE": "1"}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(re.findall(r"^step \d+: validation loss [\d.]+$", done.stdout, re.MULTILINE)) == 2
-
-
-def test_a_log_of_a_run_has_lines_of_step_losses_speed_and_time_left(tmp_path):
-    settings = command(*make_inputs(tmp_path), *arguments(SHORT | {"out": tmp_path / "run"}))
-    env = {key: value for key, value in environment().items() if not key.startswith("TQDM_")}
-    log = subprocess.run(settings, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+def test_a_log_of_a_run_has_lines_of_step_losses_speed_and_time_left(monkeypatch, capsys, tmp_path):
+    settings = [*make_inputs(tmp_path), *arguments(SHORT | {"out": tmp_path / "run"}), "--no-tune-allocator"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *settings])
+    assert train.main() == 0
+    log = capsys.readouterr().err
     number, clock = r"[\d,.]+", r"[\d:]+"
     shown = rf"step (\d+)/12, loss {number}, validation {number}, {number} tokens/s, peak {number} GiB"
     lines = re.findall(rf"^{shown}, {clock} gone, {clock} left$", log, re.MULTILINE)
     assert lines[-1] == "12"
     assert len(lines) <= 3
     assert "\r" not in log
+
+
+def test_a_process_that_is_to_show_nothing_counts_its_steps_all_the_same(capsys):
+    with Steps(total=2, initial=0, disable=True) as bar:
+        bar.show({"loss": 1.0, "tokens_per_second": 1.0, "peak_memory_gib": 1.0}, 1.0)
+        bar.finish()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_bars_of_a_terminal_end_at_100_percent_within_its_width(tmp_path):
