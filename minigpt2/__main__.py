@@ -5,6 +5,7 @@ What a verb needs is imported when it is called, so that the others start fast.
 
 from __future__ import annotations
 
+import inspect
 import platform
 import sys
 from collections.abc import Callable
@@ -223,7 +224,7 @@ def bench() -> None:
         "memory": bench_memory,
         "step": bench_step,
     }
-    _run(benchmarks, "minigpt2 bench", sys.argv[2:])
+    _run(benchmarks, "minigpt2 bench", sys.argv[2:], inspect.getdoc(bench))
 
 
 def train() -> int:

@@ -2,13 +2,16 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
+import tyro
 
 import minigpt2
+import train
 from minigpt2 import GPT2, GPT2Config
 from minigpt2 import __main__ as cli
 from minigpt2.generate import generate
@@ -282,7 +285,17 @@ BENCHMARKS = ["attention", "generate", "loss", "memory", "step"]
 def test_help_shows_an_example_and_each_default_once(monkeypatch, capsys, verb):
     monkeypatch.setenv("COLUMNS", "500")
     out = in_process(monkeypatch, capsys, *verb.split(), "--help")[1]
-    assert f"$ minigpt2 {verb} " in out.replace("\n", " \n")
+    examples = [line.strip()[2:] for line in out.splitlines() if line.startswith("$ ")]
+    assert examples
+    monkeypatch.setattr(cli, "parsed", lambda parse: (parse(), lambda: None)[1])  # parses, and then does nothing
+    monkeypatch.setattr(train, "main", lambda: tyro.cli(train.TrainConfig, args=sys.argv[1:]) is None)
+    monkeypatch.setitem(sys.modules, "minigpt2._train", train)
+    monkeypatch.setattr(cli, "module_from_spec", lambda spec: train)
+    monkeypatch.setattr(cli.SourceFileLoader, "exec_module", lambda loader, module: None)
+    for example in examples:
+        monkeypatch.setattr(sys, "argv", shlex.split(example))
+        assert example.startswith(f"minigpt2 {verb}")
+        assert cli.main() == 0
     described = [line for line in out.splitlines() if line.startswith("│")]
     assert [line for line in described if line.lower().count("default") > 1] == []
     assert "None" not in out
