@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import numbers
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ __all__ = [
     "nonfinite",
     "sample_text",
     "stream",
+    "stream_text",
 ]
 
 
@@ -278,6 +280,23 @@ def nonfinite(model: nn.Module) -> str | None:
 
 def _finite(tensor: Tensor) -> bool:
     return all(bound.isfinite() for bound in torch.aminmax(tensor))  # a NaN would be both of the bounds
+
+
+def stream_text(
+    model: GPT2, ids: list[int], max_new_tokens: int, *, generator: torch.Generator | None = None, **sampling: Any
+) -> Iterator[str]:
+    """Continue the token ids and yield the text piece by piece, as `stream` makes it, up to <|endoftext|>, which is no
+    text. `ids` grows by what is drawn. The vocabulary is that of tokenizer.py; an id beyond it, or bytes that are no
+    UTF-8, become the replacement character."""
+    from minigpt2.tokenizer import END_OF_TEXT, token_bytes
+
+    settings = {"eos_token_id": END_OF_TEXT, "generator": generator, **sampling}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+    for token in stream(model, torch.tensor([ids], device=model.wte.weight.device), max_new_tokens, **settings):
+        ids.append(int(token))
+        if ids[-1] != END_OF_TEXT:
+            yield decoder.decode(token_bytes(ids[-1]))
+    yield decoder.decode(b"", final=True)
 
 
 def sample_text(model: GPT2, n: int, seed: int) -> str:
