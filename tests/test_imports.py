@@ -17,7 +17,7 @@ LAYERS = [
     {"recompute", "loss", "inputs", "tokenizer"},
     {"data", "model"},
     {"weights", "generate", "memory"},
-    {"evaluate"},
+    {"evaluate", "parity"},
     {"training"},
     {"bench"},
     {"__main__", "train"},
