@@ -230,18 +230,16 @@ def _greedy(found: Parity, ours: GPT2, theirs: Any, prompt: Tensor, tie: float) 
     # A configuration of its own, or that of the folder would change what is likeliest, or when it ends.
     theirs.generation_config = type(theirs.generation_config)(do_sample=False, max_new_tokens=n, pad_token_id=0)
     theirs.generation_config.eos_token_id = None
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt))[0]
-    tokens = ours.generate(prompt, n, temperature=0)[0]
-    differing = (tokens != expected).nonzero().flatten().tolist()
-    equal = differing[0] - prompt.size(1) if differing else n
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt))[0, prompt.size(1) :]
+    tokens = ours.generate(prompt, n, temperature=0)[0, prompt.size(1) :]
+    equal = next((i for i in range(n) if tokens[i] != expected[i]), n)
     said = f"greedy text: {equal} of {n} tokens are equal"
-    if differing:
-        at = differing[0]
-        logits = run(theirs, expected[None, :at]).logits[0, -1]
-        gap = _gap(logits, tokens[at], expected[at]).item()
+    if equal < n:
+        logits = run(theirs, torch.cat([prompt, expected[None, :equal]], dim=1)).logits[0, -1]
+        gap = _gap(logits, tokens[equal], expected[equal]).item()
         said += f"; then come two whose logits are {gap:.2g} apart, where a tie is up to {tie:.2g}"
-        found.expect(gap <= tie, "greedy text", said)
-    text = b"".join(map(token_bytes, tokens[prompt.size(1) :].tolist())).decode(errors="replace")
+        found.expect(gap <= tie, "greedy text", said.removeprefix("greedy text: "))
+    text = b"".join(map(token_bytes, tokens.tolist())).decode(errors="replace")
     found.say(said + (f": {text!r}" if ours.config.vocab_size > END_OF_TEXT else ""))
     found.numbers["greedy"] = {"tokens": n, "equal": equal}
 
