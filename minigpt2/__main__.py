@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from minigpt2.model import GPT2
+    from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["main"]
 
@@ -55,12 +56,11 @@ def generate(
     import torch
 
     from minigpt2.generate import stream
-    from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer, token_bytes
 
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"--seed must be from 0 to 2**64 - 1, got {seed}")
-    network, place = _load(model, attention, device)
-    ids = torch.tensor([get_tokenizer().encode_ordinary(prompt)], dtype=torch.long, device=place)
+    network, tokenizer, place = _load(model, attention, device)
+    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=place)
     generator = None if seed is None else torch.Generator(place).manual_seed(seed)
     tokens = stream(
         network,
@@ -69,15 +69,15 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        eos_token_id=END_OF_TEXT,
+        eos_token_id=tokenizer.end_of_text,
         generator=generator,
     )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     unprinted = prompt  # until there is a token: an error stands on a line of its own
     for token in tokens:
-        if token.item() == END_OF_TEXT:
+        if token.item() == tokenizer.end_of_text:
             continue
-        print(unprinted + decoder.decode(token_bytes(int(token))), end="", flush=True)
+        print(unprinted + decoder.decode(tokenizer.token_bytes(int(token))), end="", flush=True)
         unprinted = ""
     print(unprinted + decoder.decode(b"", final=True))
 
@@ -104,26 +104,31 @@ def evaluate(
     """
     from minigpt2.evaluate import evaluate, tokens_of
 
-    network, _ = _load(model, attention, device)
-    with tokens_of(data) as tokens:
-        result = evaluate(network, tokens, length=length, stride=stride, batch=batch, progress=True)
+    network, tokenizer, _ = _load(model, attention, device)
+    with tokens_of(data, tokenizer) as tokens:
+        settings: dict[str, Any] = {"length": length, "stride": stride, "batch": batch, "tokenizer": tokenizer}
+        result = evaluate(network, tokens, **settings, progress=True)
     print(f"loss {result.loss:.6f} nats per token, perplexity {result.perplexity:.4f}")
     print(f"bits per byte {result.bits_per_byte:.6f}, {result.tokens} tokens, {result.bytes} bytes")
 
 
-def _load(model: str, attention: str, device: str) -> tuple[GPT2, torch.device]:
-    """The model, on the device that is asked for. Raises ValueError if the attention asked for cannot serve there."""
+def _load(model: str, attention: str, device: str) -> tuple[GPT2, Tokenizer, torch.device]:
+    """The model, on the device that is asked for, and its tokenizer. Raises ValueError if the attention asked for
+    cannot serve there."""
     from minigpt2.device import pick_device
     from minigpt2.model import GPT2
     from minigpt2.ops.attention import resolve_backend
+    from minigpt2.tokenizer_files import load_tokenizer
+    from minigpt2.weights import find_folder
 
     place = pick_device(device)
     network = GPT2.from_pretrained(model, attention=attention)
+    tokenizer = load_tokenizer(find_folder(model), network.config.vocab_size)
     try:
         resolve_backend(attention, place.type, network.wte.weight.dtype, network.config.head_dim)
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    return network.to(place), place
+    return network.to(place), tokenizer, place
 
 
 def prepare(
@@ -132,6 +137,7 @@ def prepare(
     validation_fraction: float = 0.05,
     separator: str | None = None,
     workers: int | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Tokenise text into a folder that train.py --data takes: train.bin and val.bin. Run it again to continue.
 
@@ -141,10 +147,17 @@ def prepare(
         validation_fraction: What part of the tokens goes to val.bin, in whole documents.
         separator: Text between the documents of one file, such as '<|endoftext|>'.
         workers: Processes. Default: one a CPU.
+        tokenizer: A folder with the tokenizer of the model to train. Default: OpenAI's.
     """
     from minigpt2.data.prepare import prepare
+    from minigpt2.tokenizer import TokenizerError, get_tokenizer
+    from minigpt2.tokenizer_files import read_tokenizer
 
-    meta = prepare(data, out, validation_fraction=validation_fraction, separator=separator, workers=workers)
+    found = get_tokenizer() if tokenizer is None else read_tokenizer(tokenizer)
+    if found is None:
+        raise TokenizerError(f"--tokenizer {tokenizer}: there is no tokenizer.json, nor vocab.json and merges.txt")
+    settings: dict[str, Any] = {"separator": separator, "workers": workers, "tokenizer": found}
+    meta = prepare(data, out, validation_fraction=validation_fraction, **settings)
     train, validation = meta["train_tokens"], meta["validation_tokens"]
     print(f"{out}: {meta['documents']:,} documents, {train:,} training and {validation:,} validation tokens")
 

@@ -17,6 +17,7 @@ from minigpt2.inputs import check_input
 
 if TYPE_CHECKING:
     from minigpt2.model import GPT2
+    from minigpt2.tokenizer import Tokenizer
 
 __all__ = [
     "KVCache",
@@ -280,13 +281,11 @@ def _finite(tensor: Tensor) -> bool:
     return all(bound.isfinite() for bound in torch.aminmax(tensor))  # a NaN would be both of the bounds
 
 
-def sample_text(model: GPT2, n: int, seed: int) -> str:
+def sample_text(model: GPT2, tokenizer: Tokenizer, n: int, seed: int) -> str:
     """Up to n tokens as text, as many as the context has room for, sampled at temperature 0.8 from the 50 likeliest; a
-    document that begins, and those that follow. The vocabulary is that of tokenizer.py."""
-    from minigpt2.tokenizer import END_OF_TEXT, token_bytes
-
-    start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
+    document that begins, and those that follow."""
+    start = torch.tensor([[tokenizer.separator]], device=model.wte.weight.device)
     generator = torch.Generator(start.device).manual_seed(seed)
     n = min(n, model.config.n_positions - 1)
     ids = generate(model, start, n, temperature=0.8, top_k=50, generator=generator)
-    return b"".join(map(token_bytes, ids[0, 1:].tolist())).decode(errors="replace")
+    return tokenizer.decode(ids[0, 1:].tolist())
