@@ -183,6 +183,8 @@ def _assembled(
     missing = [b for b in BYTES if LETTERS[b] not in vocabulary]
     if missing:
         raise TokenizerError(f"{len(missing)} of the 256 bytes are no tokens, the first of them {missing[0]:#04x}")
+    if len(set(merges)) < len(merges):
+        raise TokenizerError("a merge is there twice")
     for a, b in merges:
         if a + b not in vocabulary:
             raise TokenizerError(f"the merge of {a!r} and {b!r} makes no token of the vocabulary")

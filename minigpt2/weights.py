@@ -124,8 +124,8 @@ def from_pretrained(
 
 
 def save_pretrained(model: GPT2, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write `folder`/model.safetensors and config.json, in the model's dtype, generation_config.json, and the files of
-    the tokenizer, if one is given; transformers loads them as they are.
+    """Write `folder`/model.safetensors and config.json, in the model's dtype, generation_config.json, unless there is
+    one, and the files of the tokenizer, if one is given; transformers loads them as they are.
 
     What is written can be loaded again. Raises WeightsError, before anything is written, for a model that has other
     parameters, buffers or modules than its configuration says, or tensors that are no plain floating-point ones. Each
@@ -136,15 +136,16 @@ def save_pretrained(model: GPT2, folder: str | Path, tokenizer: Tokenizer | None
     folder.mkdir(parents=True, exist_ok=True)
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     config = model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-    if tokenizer is not None:
-        tokenizer.save(folder, model.config.n_positions)
-    with atomic_write(folder / GENERATION_FILE) as path:
-        path.write_text(json.dumps(_generation(model.config, tokenizer), indent=2) + "\n", encoding="utf-8")
     with atomic_write(folder / CONFIG_FILE) as config_file, atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(tensors, file, metadata={"format": "pt"})
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for path in (file, config_file):  # before either gets its name: the two belong together
             flush(path)
+    if not (folder / GENERATION_FILE).exists():
+        with atomic_write(folder / GENERATION_FILE) as path:
+            path.write_text(json.dumps(_generation(model.config, tokenizer), indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder, model.config.n_positions)
 
 
 def _generation(config: GPT2Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
