@@ -18,6 +18,7 @@ from minigpt2.inputs import check_input
 
 if TYPE_CHECKING:
     from minigpt2.model import GPT2
+    from minigpt2.tokenizer import Tokenizer
 
 __all__ = [
     "KVCache",
@@ -283,29 +284,32 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def stream_text(
-    model: GPT2, ids: list[int], max_new_tokens: int, *, generator: torch.Generator | None = None, **sampling: Any
+    model: GPT2,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    generator: torch.Generator | None = None,
+    **sampling: Any,
 ) -> Iterator[str]:
-    """Continue the token ids and yield the text piece by piece, as `stream` makes it, up to <|endoftext|>, which is no
-    text. `ids` grows by what is drawn. The vocabulary is that of tokenizer.py; an id beyond it, or bytes that are no
-    UTF-8, become the replacement character."""
-    from minigpt2.tokenizer import END_OF_TEXT, token_bytes
-
-    settings = {"eos_token_id": END_OF_TEXT, "generator": generator, **sampling}
+    """Continue the token ids and yield the text piece by piece, as `stream` makes it, up to the end-of-text token,
+    which is no text. `ids` grows by what is drawn. An id that the tokenizer lacks, or bytes that are no UTF-8, become
+    the replacement character."""
+    end = tokenizer.end_of_text
+    settings = {"eos_token_id": end, "generator": generator, **sampling}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     for token in stream(model, torch.tensor([ids], device=model.wte.weight.device), max_new_tokens, **settings):
         ids.append(int(token))
-        if ids[-1] != END_OF_TEXT:
-            yield decoder.decode(token_bytes(ids[-1]))
+        if ids[-1] != end:
+            yield decoder.decode(tokenizer.token_bytes(ids[-1]))
     yield decoder.decode(b"", final=True)
 
 
-def sample_text(model: GPT2, n: int, seed: int) -> str:
+def sample_text(model: GPT2, tokenizer: Tokenizer, n: int, seed: int) -> str:
     """Up to n tokens as text, as many as the context has room for, sampled at temperature 0.8 from the 50 likeliest; a
-    document that begins, and those that follow. The vocabulary is that of tokenizer.py."""
-    from minigpt2.tokenizer import END_OF_TEXT, token_bytes
-
-    start = torch.tensor([[END_OF_TEXT]], device=model.wte.weight.device)
+    document that begins, and those that follow."""
+    start = torch.tensor([[tokenizer.separator]], device=model.wte.weight.device)
     generator = torch.Generator(start.device).manual_seed(seed)
     n = min(n, model.config.n_positions - 1)
     ids = generate(model, start, n, temperature=0.8, top_k=50, generator=generator)
-    return b"".join(map(token_bytes, ids[0, 1:].tolist())).decode(errors="replace")
+    return tokenizer.decode(ids[0, 1:].tolist())

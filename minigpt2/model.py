@@ -25,6 +25,7 @@ from minigpt2.recompute import RecomputedStack
 
 if TYPE_CHECKING:
     from minigpt2.generate import KVCache, LayerCache
+    from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["GPT2", "MLP", "Block", "BlockStack", "CausalSelfAttention", "Projection"]
 
@@ -196,11 +197,12 @@ class GPT2(nn.Module):
 
         return from_pretrained(name_or_path, **settings)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.json, which transformers loads as they are; see weights.py."""
+    def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Write model.safetensors, config.json, generation_config.json and the files of the tokenizer, if one is given:
+        transformers loads them as they are; see weights.py."""
         from minigpt2.weights import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, tokenizer)
 
     def resize_vocabulary(self, n: int) -> None:
         """Give the model a vocabulary of n token ids, before its optimizer is made; see weights.py."""

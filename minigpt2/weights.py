@@ -28,6 +28,7 @@ from minigpt2.config import ConfigError, GPT2Config
 from minigpt2.files import atomic_write, flush, sha256_of
 from minigpt2.model import GPT2
 from minigpt2.progress import of_downloads
+from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["OFFICIAL", "WeightsError", "download", "from_pretrained", "resize_vocabulary", "save_pretrained"]
 
@@ -65,6 +66,7 @@ OFFICIAL = {
 }
 
 WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
+GENERATION_FILE = "generation_config.json"
 
 # The published files hold the causal mask as a buffer in every block.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -122,8 +124,9 @@ def from_pretrained(
     return model.requires_grad_().eval()
 
 
-def save_pretrained(model: GPT2, folder: str | Path) -> None:
-    """Write `folder`/model.safetensors and config.json, in the model's dtype; transformers loads them as they are.
+def save_pretrained(model: GPT2, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write `folder`/model.safetensors and config.json, in the model's dtype, generation_config.json, unless there is
+    one, and the files of the tokenizer, if one is given; transformers loads them as they are.
 
     What is written can be loaded again. Raises WeightsError, before anything is written, for a model that has other
     parameters, buffers or modules than its configuration says, or tensors that are no plain floating-point ones. Each
@@ -139,6 +142,23 @@ def save_pretrained(model: GPT2, folder: str | Path) -> None:
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for path in (file, config_file):  # before either gets its name: the two belong together
             flush(path)
+    if not (folder / GENERATION_FILE).exists():
+        with atomic_write(folder / GENERATION_FILE) as path:
+            path.write_text(json.dumps(_generation(model.config, tokenizer), indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder, model.config.n_positions)
+
+
+def _generation(config: GPT2Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What transformers' `generate` has to know: where a text begins and ends, by the config or else by the
+    tokenizer, and how long it can be."""
+    values: dict[str, Any] = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    for name, value in values.items():
+        if tokenizer is not None and (value is None or (isinstance(value, int) and value >= tokenizer.n_vocab)):
+            values[name] = tokenizer.end_of_text
+    # transformers' pipeline adds 256 tokens where nothing is said, which runs beyond a short context.
+    values["max_length"] = config.n_positions if config.n_positions <= 512 else None
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @torch.no_grad()

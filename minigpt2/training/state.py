@@ -12,6 +12,7 @@ import torch
 
 from minigpt2.data.batches import Batches, fingerprint
 from minigpt2.model import GPT2
+from minigpt2.tokenizer import Tokenizer
 from minigpt2.training import snapshot
 from minigpt2.training.parallel import Processes
 
@@ -37,6 +38,8 @@ class RunState:
         self.model, self.optimizer, self.scaler, self.batches = model, optimizer, scaler, batches
         self.processes, self.device, self.settings = processes, processes.device, settings
         self.corpus_fingerprint = fingerprint(batches.tokens)
+        self.tokenizer: Tokenizer | None = None
+        """What made the tokens, if that is known."""
         self.step = 0
         self.tokens = 0
         self.val_loss = self.best = math.inf
@@ -53,9 +56,10 @@ class RunState:
             "optimizer": snapshot.optimizer_tensors(self.model, self.optimizer, keep=main),
         }
         epoch, window = divmod(self.batches.position, self.batches.windows)
+        made_by = self.tokenizer.fingerprint if self.tokenizer else None
         state = {
             "config": self.settings,
-            "data": {"epoch": epoch, "window": window, "fingerprint": self.corpus_fingerprint},
+            "data": {"epoch": epoch, "window": window, "fingerprint": self.corpus_fingerprint, "tokenizer": made_by},
             "tokens": self.tokens,
             "val_loss": self.val_loss,
             "best_val_loss": self.best,
@@ -86,6 +90,9 @@ class RunState:
         problems = [f"{name} {state['config'].get(name)} there, {now[name]} here" for name in differ]
         if state["data"]["fingerprint"] != self.corpus_fingerprint:
             problems.append("the training tokens are not the same")
+        made_by = state["data"].get("tokenizer")
+        if made_by and self.tokenizer and made_by != self.tokenizer.fingerprint:
+            problems.append(f"tokenizer {made_by} there, {self.tokenizer.fingerprint} here")
         if problems:
             raise snapshot.SnapshotError(f"{saved.path} is of another configuration: {'; '.join(problems)}")
         snapshot.load_weights(self.model, saved.tensors("weights"))
