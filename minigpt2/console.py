@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minigpt2.generate import stream, stream_text
+from minigpt2.generate import ends, stream, stream_text
 from minigpt2.model import GPT2
 from minigpt2.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def converse(model: GPT2, tokenizer: Tokenizer, max_new_tokens: int, **sampling:
             ids = (seen + typed)[-room:] or [tokenizer.separator]
             for text in stream_text(model, tokenizer, ids, max_new_tokens, **sampling):
                 print(text, end="", flush=True)
-            seen = [] if ids[-1] == tokenizer.end_of_text else ids
+            seen = [] if ids[-1] in ends(model, tokenizer) else ids
         except KeyboardInterrupt:
             seen = ids
         except ValueError as error:
