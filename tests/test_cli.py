@@ -265,7 +265,7 @@ def test_help(monkeypatch, capsys, arguments, mentioned):
     assert [word for word in mentioned if word not in out] == []
 
 
-VERBS = ["train", "generate", "eval", "prepare", "plan", "bench", "download", "info"]
+VERBS = ["train", "generate", "eval", "parity", "prepare", "plan", "bench", "download", "info"]
 
 
 def test_the_help_has_an_example_of_each_verb(monkeypatch, capsys):
@@ -285,7 +285,7 @@ def test_help_shows_an_example_and_each_default_once(monkeypatch, capsys, verb):
     out = in_process(monkeypatch, capsys, *verb.split(), "--help")[1]
     examples = [line.strip()[2:] for line in out.splitlines() if line.startswith("$ ")]
     assert examples
-    monkeypatch.setattr(cli, "parsed", lambda parse: (parse(), lambda: None)[1])  # parses, and then does nothing
+    monkeypatch.setattr(cli, "parsed", lambda parse: (parse(), lambda: 0)[1])  # parses, and then does nothing
     monkeypatch.setattr(train, "main", lambda: tyro.cli(train.TrainConfig, args=sys.argv[1:]) is None)
     monkeypatch.setitem(sys.modules, "minigpt2._train", train)
     monkeypatch.setattr(cli, "module_from_spec", lambda spec: train)

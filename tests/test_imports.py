@@ -17,7 +17,7 @@ LAYERS = [
     {"recompute", "loss", "inputs", "tokenizer_files"},
     {"data", "model"},
     {"weights", "generate", "memory"},
-    {"evaluate", "console"},
+    {"evaluate", "console", "parity"},
     {"training"},
     {"bench"},
     {"__main__", "train"},
