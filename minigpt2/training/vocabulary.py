@@ -29,8 +29,7 @@ def tokenizer_of_run(init: str | None, data: Path | None, out: Path, vocab_size:
     folders = [out] if init is None else [out, find_folder(init)]
     if init is None and is_token_folder(data):
         folders.append(Path(data or ""))
-    with_files = (folder for folder in folders if read_tokenizer(folder) is not None)
-    found = find_tokenizer(next(with_files, folders[-1]), vocab_size)
+    found = find_tokenizer(folders, vocab_size)
     if found is None and not is_token_folder(data):
         raise TokenizerError(
             f"{init} has no tokenizer, and a vocabulary of {vocab_size} is not OpenAI's: it trains on token files only"
