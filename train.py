@@ -323,7 +323,7 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
             print(said)
     torch.manual_seed(config.seed)
     model = make_model(config, processes.device)
-    tokenizer = tokenizer_of_run(config.init, config.data, out, model.config.vocab_size)
+    tokenizer = tokenizer_of_run(config.init, config.data, model.config.vocab_size, out if config.resume else None)
     with removed_on_error(out) if processes.main else nullcontext():
         if processes.main:
             open_corpus(config.data, out / "tokens", tokenizer=tokenizer, progress=True)

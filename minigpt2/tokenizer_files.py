@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ PADDED_VOCABULARY = 50304
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a checkpoint: as `find_tokenizer`, but it raises TokenizerError where that finds none."""
-    found = find_tokenizer([folder], vocab_size)
+    found = find_tokenizer(folder, vocab_size)
     if found is None:
         raise TokenizerError(
             f"{folder} has no tokenizer: neither {WHOLE} nor {VOCAB} and {MERGES} is there, and a vocabulary of "
@@ -59,16 +59,14 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     return found
 
 
-def find_tokenizer(folders: Iterable[str | Path], vocab_size: int) -> Tokenizer | None:
-    """The tokenizer in the first of some folders that has one, for a model with that vocabulary; OpenAI's where none
-    has and the vocabulary is that of OpenAI's, which may be padded; None where it is another.
+def find_tokenizer(folder: str | Path | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer in a folder, for a model with that vocabulary; OpenAI's where there is none and the vocabulary is
+    that of OpenAI's, which may be padded; None where it is another.
 
     Raises TokenizerError for one that cannot be read as it is meant, or that has ids beyond the vocabulary.
     """
-    for folder in folders:
-        if (found := read_tokenizer(folder)) is not None:
-            break
-    else:
+    found = None if folder is None else read_tokenizer(folder)
+    if found is None:
         return get_tokenizer() if END_OF_TEXT < vocab_size <= PADDED_VOCABULARY else None
     if found.ordinary > vocab_size:
         raise TokenizerError(

@@ -144,7 +144,7 @@ def test_a_folder_without_one_has_openais_where_the_vocabulary_is_that(tmp_path:
     for n in (50257, 50304):
         assert load_tokenizer(tmp_path, n) is get_tokenizer()
     for n in (97, 50256, 52000):
-        assert find_tokenizer([tmp_path], n) is None
+        assert find_tokenizer(tmp_path, n) is None
         with pytest.raises(TokenizerError, match=f"{tmp_path} has no tokenizer: .* a vocabulary of {n} is not"):
             load_tokenizer(tmp_path, n)
 
@@ -235,7 +235,7 @@ def test_a_tokenizer_json_that_is_not_as_in_gpt2_is_refused_by_name(tmp_path: Pa
     train_whole(tmp_path)
     change(tmp_path)
     with pytest.raises(TokenizerError, match=message) as error:
-        find_tokenizer([tmp_path], 50257)
+        find_tokenizer(tmp_path, 50257)
     assert str(error.value).startswith(f"{tmp_path}: ")
     assert "\n" not in str(error.value)
 
@@ -267,7 +267,7 @@ def test_a_damaged_pair_is_refused(pair: Path, change, message: str) -> None:
     (pair / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     change(pair)
     with pytest.raises(TokenizerError, match=message):
-        find_tokenizer([pair], 50257)
+        find_tokenizer(pair, 50257)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_a_tokenizer_of_another_kind_is_never_replaced_by_openais(tmp_path: Path
     with pytest.raises(
         TokenizerError, match=r"cannot be read: it takes tokenizer\.json, or vocab\.json and merges\.txt of"
     ):
-        find_tokenizer([tmp_path], 50257)
+        find_tokenizer(tmp_path, 50257)
 
 
 def test_gpt2s_pattern_may_be_spelt_out(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_model_of_an_unknown_tokenizer_takes_token_files_only(tmp_path, monkey
     assert "a sample" not in printed
     assert not (tmp_path / "run" / "vocab.json").exists()
     said = run_here("--data", text_file(tmp_path), "--out", str(tmp_path / "other"), *common, status=2)
-    assert "own has no tokenizer, and a vocabulary of 97 is not OpenAI's: it trains on token files only" in said
+    assert "own has no tokenizer, and a vocabulary of 97 is not OpenAI's: it takes token files only" in said
     assert not (tmp_path / "other").exists()
     for verb, words in (("generate", ("--prompt", "a")), ("eval", ("--data", text_file(tmp_path)))):
         status, _, err = command(monkeypatch, capsys, verb, "--model", tmp_path / "own", *words)
