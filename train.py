@@ -246,11 +246,6 @@ class Trainer(RunState):
         self.val_loss = mean_loss(self.network, batches, self.processes, self.config.precision)
         return self.val_loss
 
-    def say(self, message: str) -> None:
-        """Print beside the progress bar, once for all processes."""
-        if self.processes.main:
-            tqdm.write(message)
-
 
 def train(trainer: Trainer, out: Path) -> int:
     """The loop: step, validate, log, snapshot. Returns 0, or the exit status of the signal that ended it."""
@@ -328,7 +323,7 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
             print(said)
     torch.manual_seed(config.seed)
     model = make_model(config, processes.device)
-    tokenizer = tokenizer_of_run(config.init, config.data, out, model.config.vocab_size)
+    tokenizer = tokenizer_of_run(config.init, config.data, model.config.vocab_size, out if config.resume else None)
     with removed_on_error(out) if processes.main else nullcontext():
         if processes.main:
             open_corpus(config.data, out / "tokens", tokenizer=tokenizer, progress=True)
@@ -344,11 +339,9 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
         trainer.say("\n".join(trainer.resume(out / "snapshots", MAY_CHANGE)))
     if processes.main:
         out.mkdir(parents=True, exist_ok=True)
-        if tokenizer is not None:
-            tokenizer.save(out, model.config.n_positions)
+        trainer.save_tokenizer(out)
         with atomic_write(out / SETTINGS) as path:
-            made_by = tokenizer and tokenizer.fingerprint
-            settings = config.to_json() | {"out": str(out), "resume": False, "tokenizer": made_by}
+            settings = config.to_json() | {"out": str(out), "resume": False, "tokenizer": trainer.made_by}
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     processes.wait()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"

@@ -38,6 +38,9 @@ FILES = (VOCAB, MERGES, WHOLE, SETTINGS, "special_tokens_map.json", "added_token
 # Tokenizers of other kinds, which transformers would read.
 OTHER_KINDS = ("vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model")
 
+# The classes that mean by vocab.json and merges.txt what GPT-2 means. Others change the text before, or add tokens.
+PAIR_KINDS = ("GPT2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+
 # The pattern as tokenizer.json may spell it out: as published in GPT-2's encoder.py, and as tiktoken has it.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -56,13 +59,13 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     return found
 
 
-def find_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer | None:
+def find_tokenizer(folder: str | Path | None, vocab_size: int) -> Tokenizer | None:
     """The tokenizer in a folder, for a model with that vocabulary; OpenAI's where there is none and the vocabulary is
     that of OpenAI's, which may be padded; None where it is another.
 
     Raises TokenizerError for one that cannot be read as it is meant, or that has ids beyond the vocabulary.
     """
-    found = read_tokenizer(folder)
+    found = None if folder is None else read_tokenizer(folder)
     if found is None:
         return get_tokenizer() if END_OF_TEXT < vocab_size <= PADDED_VOCABULARY else None
     if found.ordinary > vocab_size:
@@ -86,7 +89,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer | None:
         named = _object(files, "special_tokens_map.json") | settings
         if WHOLE in files:
             vocabulary, merges, added = _whole(_object(files, WHOLE))
-        elif VOCAB in files and MERGES in files:
+        elif VOCAB in files and MERGES in files and _kind(settings) in PAIR_KINDS:
             vocabulary, merges, added = _object(files, VOCAB), merges_of(files[MERGES]), {}
         else:
             _refuse_half(present, settings)
@@ -105,13 +108,17 @@ def read_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 def _refuse_half(present: list[str], settings: dict[str, Any]) -> None:
     """Raise TokenizerError if files without a vocabulary of this kind are signs of one of another."""
-    kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
     signs = [name for name in present if name in (VOCAB, MERGES, *OTHER_KINDS)]
-    if signs or kind.removesuffix("Fast") != "GPT2Tokenizer" or settings.get("added_tokens_decoder"):
+    if signs or _kind(settings) not in PAIR_KINDS or settings.get("added_tokens_decoder"):
         raise TokenizerError(
-            f"the tokenizer ({', '.join(signs) or kind}) cannot be read: it takes {WHOLE}, or {VOCAB} and {MERGES}, of "
-            "a byte-level byte-pair encoding"
+            f"the tokenizer ({', '.join([_kind(settings), *signs])}) cannot be read: it takes {WHOLE}, or {VOCAB} and "
+            f"{MERGES} of a {PAIR_KINDS[0]}"
         )
+
+
+def _kind(settings: dict[str, Any]) -> str:
+    """The name of its class, in the slow form that transformers has for those that are also fast."""
+    return str(settings.get("tokenizer_class") or PAIR_KINDS[0]).removesuffix("Fast")
 
 
 def _object(files: dict[str, bytes], name: str) -> dict[str, Any]:

@@ -243,13 +243,23 @@ def test_a_tokenizer_json_that_is_not_as_in_gpt2_is_refused_by_name(tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "merges.txt").unlink(), r"the tokenizer \(vocab.json\) cannot be read: it takes"),
-        (lambda folder: (folder / "vocab.json").unlink(), r"the tokenizer \(merges.txt\) cannot be read: it takes"),
+        (
+            lambda folder: (folder / "merges.txt").unlink(),
+            r"the tokenizer \(GPT2Tokenizer, vocab.json\) cannot be read: it takes",
+        ),
+        (
+            lambda folder: (folder / "vocab.json").unlink(),
+            r"the tokenizer \(GPT2Tokenizer, merges.txt\) cannot be read: it takes",
+        ),
         (written("merges.txt", "#version: 0.2\na b c\n"), "a merge is 'a b c', expected two tokens"),
         (written("merges.txt", b"#version: 0.2\n\xff\n"), "cannot be read"),
         (written("merges.txt", "h e\nĠt he\nĠ t\n"), "the merge of 'Ġt' and 'he' comes before one of these is made"),
         (written("merges.txt", "Ġ t\nĠ t\n"), "a merge is there twice"),
         (written("vocab.json", '{"a": "b"}'), "not every token id is an integer"),
+        (
+            written("tokenizer_config.json", '{"tokenizer_class": "CLIPTokenizerFast"}'),
+            r"the tokenizer \(CLIPTokenizer, vocab.json, merges.txt\) cannot be read",
+        ),
     ],
 )
 def test_a_damaged_pair_is_refused(pair: Path, change, message: str) -> None:
@@ -273,7 +283,7 @@ def test_a_damaged_pair_is_refused(pair: Path, change, message: str) -> None:
 def test_a_tokenizer_of_another_kind_is_never_replaced_by_openais(tmp_path: Path, name: str, contents: str) -> None:
     (tmp_path / name).write_text(contents)
     with pytest.raises(
-        TokenizerError, match=r"cannot be read: it takes tokenizer\.json, or vocab\.json and merges\.txt"
+        TokenizerError, match=r"cannot be read: it takes tokenizer\.json, or vocab\.json and merges\.txt of"
     ):
         find_tokenizer(tmp_path, 50257)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from minigpt2.data.batches import Batches, fingerprint
 from minigpt2.model import GPT2
@@ -46,6 +47,21 @@ class RunState:
         self.saved_step = -1
         """The step of the last snapshot."""
 
+    @property
+    def made_by(self) -> str | None:
+        """The tokenizer's fingerprint."""
+        return None if self.tokenizer is None else self.tokenizer.fingerprint
+
+    def say(self, message: str) -> None:
+        """Print beside the progress bar, once for all processes."""
+        if self.processes.main:
+            tqdm.write(message)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files, if it is known."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder, self.model.config.n_positions)
+
     def save(self, root: Path, keep: int) -> None:
         """Take a snapshot, unless this step has one, and keep the newest `keep`. Every process must call this."""
         if self.step == self.saved_step:
@@ -56,10 +72,14 @@ class RunState:
             "optimizer": snapshot.optimizer_tensors(self.model, self.optimizer, keep=main),
         }
         epoch, window = divmod(self.batches.position, self.batches.windows)
-        made_by = self.tokenizer.fingerprint if self.tokenizer else None
         state = {
             "config": self.settings,
-            "data": {"epoch": epoch, "window": window, "fingerprint": self.corpus_fingerprint, "tokenizer": made_by},
+            "data": {
+                "epoch": epoch,
+                "window": window,
+                "fingerprint": self.corpus_fingerprint,
+                "tokenizer": self.made_by,
+            },
             "tokens": self.tokens,
             "val_loss": self.val_loss,
             "best_val_loss": self.best,
@@ -91,8 +111,8 @@ class RunState:
         if state["data"]["fingerprint"] != self.corpus_fingerprint:
             problems.append("the training tokens are not the same")
         made_by = state["data"].get("tokenizer")
-        if made_by and self.tokenizer and made_by != self.tokenizer.fingerprint:
-            problems.append(f"tokenizer {made_by} there, {self.tokenizer.fingerprint} here")
+        if made_by and self.made_by and made_by != self.made_by:
+            problems.append(f"tokenizer {made_by} there, {self.made_by} here")
         if problems:
             raise snapshot.SnapshotError(f"{saved.path} is of another configuration: {'; '.join(problems)}")
         snapshot.load_weights(self.model, saved.tensors("weights"))

@@ -22,17 +22,16 @@ def vocabulary_of(data: Path | None) -> dict[str, Any]:
     return {"vocab_size": found.n_vocab, "bos_token_id": found.end_of_text, "eos_token_id": found.end_of_text}
 
 
-def tokenizer_of_run(init: str | None, data: Path | None, out: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer that a run folder has already, or else that of the weights it starts from, or that of the token
-    files; OpenAI's where none has files of one and the vocabulary fits. None if that is unknown: the run takes token
-    files only. Raises TokenizerError where text needs one."""
-    folders = [out] if init is None else [out, find_folder(init)]
-    if init is None and is_token_folder(data):
-        folders.append(Path(data or ""))
-    with_files = (folder for folder in folders if read_tokenizer(folder) is not None)
-    found = find_tokenizer(next(with_files, folders[-1]), vocab_size)
+def tokenizer_of_run(
+    init: str | None, data: Path | None, vocab_size: int, resumed: Path | None = None
+) -> Tokenizer | None:
+    """The tokenizer of the weights that a run starts from, or that of its token files; that of the run folder itself,
+    if it is resumed. OpenAI's where there are no files of one and the vocabulary fits. None if that is unknown: the run
+    takes token files only. Raises TokenizerError where text needs one."""
+    folder = resumed or (find_folder(init) if init is not None else data if is_token_folder(data) else None)
+    found = find_tokenizer(folder, vocab_size)
     if found is None and not is_token_folder(data):
         raise TokenizerError(
-            f"{init} has no tokenizer, and a vocabulary of {vocab_size} is not OpenAI's: it trains on token files only"
+            f"{folder} has no tokenizer, and a vocabulary of {vocab_size} is not OpenAI's: it takes token files only"
         )
     return found
