@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from minigpt2.data.batches import open_tokens
 from minigpt2.data.documents import DataError, read_pieces
 from minigpt2.extras import import_extra
-from minigpt2.generate import nonfinite
+from minigpt2.generate import NonFiniteError, nonfinite
 from minigpt2.model import GPT2
 from minigpt2.ops.attention import resolve_backend
 from minigpt2.parity.exact import Call, Exact, answer, gradients, in_float64, recorded, run
 from minigpt2.parity.report import FLOAT64_BOUND, TIMES, Parity, Row, compare_tensors
 from minigpt2.recompute import RECOMPUTE
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer, token_bytes
+from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 from minigpt2.weights import find_folder
 
 __all__ = ["Parity", "Row", "compare", "parity"]
@@ -80,20 +80,27 @@ def parity(
     ).eval()
     say(f"{name_or_path} in {dtype}: minigpt2, attention {attention}; transformers {transformers.__version__}, eager")
     source = data or "the Python standard library's own sources"
-    modulo = f", ids modulo the vocabulary of {config.vocab_size}" if int(ids.max()) >= config.vocab_size else ""
+    modulo = f", ids modulo the vocabulary of {config.vocab_size}" if config.vocab_size <= END_OF_TEXT else ""
     say(f"text: {len(ids)} x {ids.size(1)} tokens of {source}{modulo}")
-    found = compare(ours, theirs, ids % config.vocab_size, say=say)
+    found = compare(ours, theirs, ids % config.vocab_size, decode=None if modulo else _decode, say=say)
     found.numbers |= {"model": str(name_or_path), "dtype": dtype, "attention": attention, "text": str(source)}
     return found
 
 
-def compare(ours: GPT2, theirs: Any, ids: Tensor, *, say: Callable[[str], None] = print) -> Parity:
+def compare(
+    ours: GPT2,
+    theirs: Any,
+    ids: Tensor,
+    *,
+    decode: Callable[[list[int]], str] | None = None,
+    say: Callable[[str], None] = print,
+) -> Parity:
     """Compare a model with transformers' GPT2LMHeadModel, both of one dtype, on the CPU and in evaluation mode, on the
-    token ids (B, T), T >= 2."""
+    token ids (B, T), T >= 2. `decode` makes text of ids, to be shown."""
     found = Parity(say)
     exact = _forward(found, ours, theirs, ids)
     _loss_and_gradients(found, ours, theirs, ids, exact)
-    _greedy(found, ours, theirs, ids[:1, : min(16, ids.size(1) // 2)], _tie(exact))
+    _greedy(found, ours, theirs, ids[:1, : min(16, ids.size(1) // 2)], _tie(exact), decode)
     _padded(found, ours, theirs, ids[:, :64])
     _dial(found, ours, ids[:1, :33])
     say(found.verdict)
@@ -224,14 +231,25 @@ def _loss_and_gradients(found: Parity, ours: GPT2, theirs: Any, ids: Tensor, exa
 
 
 @torch.no_grad()
-def _greedy(found: Parity, ours: GPT2, theirs: Any, prompt: Tensor, tie: float) -> None:
+def _greedy(
+    found: Parity,
+    ours: GPT2,
+    theirs: Any,
+    prompt: Tensor,
+    tie: float,
+    decode: Callable[[list[int]], str] | None,
+) -> None:
     """The likeliest continuation, from the caches of both. Where two tokens are as likely, it may go on differently."""
     n = min(NEW_TOKENS, ours.config.n_positions - prompt.size(1))
     # A configuration of its own, or that of the folder would change what is likeliest, or when it ends.
     theirs.generation_config = type(theirs.generation_config)(do_sample=False, max_new_tokens=n, pad_token_id=0)
     theirs.generation_config.eos_token_id = None
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt))[0, prompt.size(1) :]
-    tokens = ours.generate(prompt, n, temperature=0)[0, prompt.size(1) :]
+    try:
+        tokens = ours.generate(prompt, n, temperature=0)[0, prompt.size(1) :]
+    except NonFiniteError as error:
+        found.expect(False, "greedy text", str(error))
+        return
     equal = next((i for i in range(n) if tokens[i] != expected[i]), n)
     said = f"greedy text: {equal} of {n} tokens are equal"
     if equal < n:
@@ -239,8 +257,7 @@ def _greedy(found: Parity, ours: GPT2, theirs: Any, prompt: Tensor, tie: float) 
         gap = _gap(logits, tokens[equal], expected[equal]).item()
         said += f"; then come two whose logits are {gap:.2g} apart, where a tie is up to {tie:.2g}"
         found.expect(gap <= tie, "greedy text", said.removeprefix("greedy text: "))
-    text = b"".join(map(token_bytes, tokens.tolist())).decode(errors="replace")
-    found.say(said + (f": {text!r}" if ours.config.vocab_size > END_OF_TEXT else ""))
+    found.say(said + (f": {decode(tokens.tolist())!r}" if decode else ""))
     found.numbers["greedy"] = {"tokens": n, "equal": equal}
 
 
@@ -327,3 +344,7 @@ def _text(data: str | Path | None, length: int) -> Tensor:
     if length < 2:
         raise DataError(f"{data}: {len(tokens)} tokens are too few; {2 * SEQUENCES} are the least")
     return torch.tensor(tokens[: SEQUENCES * length]).view(SEQUENCES, length)
+
+
+def _decode(ids: list[int]) -> str:
+    return get_tokenizer().decode([i for i in ids if i <= END_OF_TEXT])  # a padded vocabulary has more

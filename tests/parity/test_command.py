@@ -89,6 +89,10 @@ def scale_the_residual(model: GPT2) -> None:
     model.h[1].register_forward_hook(lambda module, args, y: y * 1.0001)
 
 
+def overflow(model: GPT2) -> None:
+    model.h[2].mlp.register_forward_hook(lambda module, args, y: y / 0)
+
+
 def scale_attention(model: GPT2) -> None:
     def larger_queries(module: nn.Module, args: Any, qkv: Tensor) -> Tensor:
         q, k, v = qkv.chunk(3, dim=-1)
@@ -112,6 +116,7 @@ FAULTS: dict[str, tuple[Callable[[GPT2], Any], str]] = {
     "LayerNorms after what they belong before": (normalise_afterwards, "h.1.ln_1"),
     "MLP beside attention": (mlp_beside_attention, "h.0.ln_2"),
     "the scale of attention": (scale_attention, "h.1.attn"),
+    "a division by zero": (overflow, "h.2.mlp"),
     "what a block returns": (scale_the_residual, "h.1"),
 }
 
