@@ -27,7 +27,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import nn
-from tqdm import tqdm
 
 from minigpt2 import memory, tune_allocator
 from minigpt2.command_line import complain, one_line_warnings, optional, parsed, replace_unprintable
