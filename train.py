@@ -27,7 +27,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import nn
-from tqdm import tqdm
 
 from minigpt2 import memory, tune_allocator
 from minigpt2.command_line import complain, one_line_warnings, optional, parsed, replace_unprintable
@@ -38,13 +37,13 @@ from minigpt2.files import atomic_write, removed_on_error
 from minigpt2.generate import sample_text
 from minigpt2.model import GPT2
 from minigpt2.ops.attention import resolve_backend
-from minigpt2.tokenizer import END_OF_TEXT
 from minigpt2.training import snapshot
 from minigpt2.training.guards import NonFiniteError, stop_on_signals
 from minigpt2.training.metrics import Metrics, Speedometer, Steps, check_trackers, plot_losses
 from minigpt2.training.parallel import Processes, distribute, started
 from minigpt2.training.state import RunState, seed_of
 from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_loss, save_weights
+from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,7 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
         model = GPT2.from_pretrained(config.init, **options, **dropout)
     else:
         shape: dict[str, Any] = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+        shape |= vocabulary_of(config.data)
         model = GPT2(GPT2Config(n_positions=config.length, **shape, **dropout), **options)
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
@@ -245,11 +245,6 @@ class Trainer(RunState):
         self.val_loss = mean_loss(self.network, batches, self.processes, self.config.precision)
         return self.val_loss
 
-    def say(self, message: str) -> None:
-        """Print beside the progress bar, once for all processes."""
-        if self.processes.main:
-            tqdm.write(message)
-
 
 def train(trainer: Trainer, out: Path) -> int:
     """The loop: step, validate, log, snapshot. Returns 0, or the exit status of the signal that ended it."""
@@ -280,7 +275,7 @@ def train(trainer: Trainer, out: Path) -> int:
                 trainer.say(f"step {trainer.step}: validation loss {trainer.val_loss:.4f}")
                 if trainer.val_loss < trainer.best:
                     trainer.best = trainer.val_loss
-                    save_weights(trainer.model, out / "best", processes)
+                    save_weights(trainer.model, out / "best", processes, trainer.tokenizer)
             metrics.write(row)
             signal = processes.highest(stop.signal)
             due = config.snapshot_every and trainer.step % config.snapshot_every == 0
@@ -303,6 +298,7 @@ def read_settings() -> TrainConfig:
     path = config.out / SETTINGS
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        stored.pop("tokenizer", None)
         data = None if stored["data"] is None else Path(stored["data"])
         default = TrainConfig(**stored | {"parallel": None, "out": config.out, "data": data})
     except FileNotFoundError:
@@ -326,22 +322,25 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
             print(said)
     torch.manual_seed(config.seed)
     model = make_model(config, processes.device)
+    tokenizer = tokenizer_of_run(config.init, config.data, model.config.vocab_size, out if config.resume else None)
     with removed_on_error(out) if processes.main else nullcontext():
         if processes.main:
-            open_corpus(config.data, out / "tokens", progress=True)
+            open_corpus(config.data, out / "tokens", tokenizer=tokenizer, progress=True)
         processes.wait()
-        corpus = open_corpus(config.data, out / "tokens")
+        corpus = open_corpus(config.data, out / "tokens", tokenizer=tokenizer)
         if len(corpus.validation) <= config.length:
             raise DataError(f"{len(corpus.validation)} validation tokens are too few for one window of {config.length}")
         trainer = Trainer(config, model, corpus, processes)
+        trainer.tokenizer = tokenizer
     if processes.rank:  # process 0 goes on with the state that made the weights, as a single process does
         torch.manual_seed(seed_of(config.seed, 0, processes.rank))
     if config.resume:
         trainer.say("\n".join(trainer.resume(out / "snapshots", MAY_CHANGE)))
     if processes.main:
         out.mkdir(parents=True, exist_ok=True)
+        trainer.save_tokenizer(out)
         with atomic_write(out / SETTINGS) as path:
-            settings = config.to_json() | {"out": str(out), "resume": False}
+            settings = config.to_json() | {"out": str(out), "resume": False, "tokenizer": trainer.made_by}
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     processes.wait()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
@@ -354,7 +353,7 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
 
 def finish(trainer: Trainer, out: Path) -> None:
     """Write the last weights and the loss curve, and show some text."""
-    model = save_weights(trainer.model, out, trainer.processes)
+    model = save_weights(trainer.model, out, trainer.processes, trainer.tokenizer)
     if not trainer.processes.main:
         return
     print(f"saved {out}/model.safetensors; continue it with: minigpt2 generate --model {out} --prompt 'import '")
@@ -362,8 +361,8 @@ def finish(trainer: Trainer, out: Path) -> None:
     best = f"in {out}/best" if (out / "best").exists() else first
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
     print(plot_losses(out))
-    if model.config.vocab_size > END_OF_TEXT:  # else the tokens are not those of our tokenizer
-        print("a sample of its text:\n" + sample_text(model.eval(), 120, trainer.config.seed))
+    if trainer.tokenizer is not None:
+        print("a sample of its text:\n" + sample_text(model.eval(), trainer.tokenizer, 120, trainer.config.seed))
 
 
 def run(config: TrainConfig, processes: Processes) -> int:

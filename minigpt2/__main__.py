@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from minigpt2.model import GPT2
+    from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["main"]
 
@@ -71,13 +72,13 @@ def generate(
     text = read_prompt(prompt, file)
     if text is None and num > 1:
         raise ValueError(f"--num {num} needs a text to continue: give --prompt or --file")
-    network, place = _load(model, attention, device)
+    network, tokenizer, place = _load(model, attention, device)
     generator = None if seed is None else torch.Generator(place).manual_seed(seed)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
     if text is None:
-        converse(network, max_new_tokens, **sampling)
+        converse(network, tokenizer, max_new_tokens, **sampling)
     else:
-        print_samples(network, text, num, max_new_tokens, **sampling)
+        print_samples(network, tokenizer, text, num, max_new_tokens, **sampling)
 
 
 def evaluate(
@@ -104,42 +105,48 @@ def evaluate(
     """
     from minigpt2.evaluate import evaluate, tokens_of
 
-    network, _ = _load(model, attention, device)
-    with tokens_of(data) as tokens:
-        result = evaluate(network, tokens, length=length, stride=stride, batch=batch, progress=True)
+    network, tokenizer, _ = _load(model, attention, device)
+    with tokens_of(data, tokenizer) as tokens:
+        settings: dict[str, Any] = {"length": length, "stride": stride, "batch": batch, "tokenizer": tokenizer}
+        result = evaluate(network, tokens, **settings, progress=True)
     print(f"loss {result.loss:.6f} nats per token, perplexity {result.perplexity:.4f}")
     print(f"bits per byte {result.bits_per_byte:.6f}, {result.tokens} tokens, {result.bytes} bytes")
 
 
-def _load(model: str, attention: str, device: str) -> tuple[GPT2, torch.device]:
-    """The model, on the device that is asked for. Raises ValueError if the attention asked for cannot serve there."""
+def _load(model: str, attention: str, device: str) -> tuple[GPT2, Tokenizer, torch.device]:
+    """The model, on the device that is asked for, and its tokenizer. Raises ValueError if the attention asked for
+    cannot serve there."""
     from minigpt2.device import pick_device
     from minigpt2.model import GPT2
     from minigpt2.ops.attention import resolve_backend
+    from minigpt2.tokenizer_files import load_tokenizer
+    from minigpt2.weights import find_folder
 
     place = pick_device(device)
     network = GPT2.from_pretrained(model, attention=attention)
+    tokenizer = load_tokenizer(find_folder(model), network.config.vocab_size)
     try:
         resolve_backend(attention, place.type, network.wte.weight.dtype, network.config.head_dim)
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    return network.to(place), place
+    return network.to(place), tokenizer, place
 
 
 def parity(
     model: Annotated[str, tyro.conf.Positional],
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
     attention: str = "auto",
-    data: str | None = None,
+    data: Annotated[str | None, optional("PATH")] = None,
     length: int = 256,
     json: bool = False,
 ) -> int:
     """Compare with transformers on the same files: PASS, or the first module that differs and exit status 1.
+    $ minigpt2 parity gpt2
 
     Args:
-        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
         dtype: Of both. The finer it is, the smaller a fault may be to be seen.
-        attention: Attention backend of minigpt2; that of transformers is eager.
+        attention: What computes attention in minigpt2: auto, eager, sdpa or fused; in transformers it is eager.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin). Default: Python's standard library.
         length: Tokens in each of two sequences, at most.
         json: Print one JSON object instead of the table.
@@ -164,6 +171,7 @@ def prepare(
     validation_fraction: float = 0.05,
     separator: Annotated[str | None, optional("TEXT")] = None,
     workers: Annotated[int | None, optional("INT")] = None,
+    tokenizer: Annotated[Path | None, optional("FOLDER")] = None,
 ) -> None:
     """Turn text into tokens once, for many runs: train --data takes the folder.
     $ minigpt2 prepare --data texts/ --out tokens/
@@ -174,10 +182,17 @@ def prepare(
         validation_fraction: What part of the tokens is kept for validation, in whole documents.
         separator: Text between the documents of one file, such as '<|endoftext|>'. Default: a file is one document.
         workers: Processes to work with. Default: one for each CPU.
+        tokenizer: A folder with the tokenizer of the model to train. Default: OpenAI's.
     """
     from minigpt2.data.prepare import prepare
+    from minigpt2.tokenizer import TokenizerError, get_tokenizer
+    from minigpt2.tokenizer_files import read_tokenizer
 
-    meta = prepare(data, out, validation_fraction=validation_fraction, separator=separator, workers=workers)
+    found = get_tokenizer() if tokenizer is None else read_tokenizer(tokenizer)
+    if found is None:
+        raise TokenizerError(f"--tokenizer {tokenizer}: there is no tokenizer.json, nor vocab.json and merges.txt")
+    settings: dict[str, Any] = {"separator": separator, "workers": workers, "tokenizer": found}
+    meta = prepare(data, out, validation_fraction=validation_fraction, **settings)
     train, validation = meta["train_tokens"], meta["validation_tokens"]
     print(f"{out}: {meta['documents']:,} documents, {train:,} training and {validation:,} validation tokens")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from minigpt2.generate import stream, stream_text
+from minigpt2.generate import ends, stream, stream_text
 from minigpt2.model import GPT2
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["converse", "print_samples", "read_prompt"]
 
@@ -36,34 +36,26 @@ def read_prompt(prompt: str | None, file: Path | None) -> str | None:
         raise ValueError(f"{name}: not UTF-8 text: {error}") from None
 
 
-def _ids_of(text: str, model: GPT2) -> list[int]:
-    """The token ids of a prompt. The empty one, which may be written <|endoftext|>, begins a new document."""
-    if text not in ("", "<|endoftext|>"):
-        return get_tokenizer().encode_ordinary(text)
-    if model.config.vocab_size <= END_OF_TEXT:
-        raise ValueError(
-            f"the prompt is empty, and the model's vocabulary of {model.config.vocab_size} tokens has no <|endoftext|> "
-            "to begin with"
-        )
-    return [END_OF_TEXT]
-
-
-def print_samples(model: GPT2, prompt: str, num: int, max_new_tokens: int, **sampling: Any) -> None:
-    """Print the prompt and a continuation, `num` times, each under a heading if there are several. `sampling` is that
-    of `stream_text`."""
-    ids = _ids_of(prompt, model)
-    shown = "" if ids == [END_OF_TEXT] else prompt
+def print_samples(
+    model: GPT2, tokenizer: Tokenizer, prompt: str, num: int, max_new_tokens: int, **sampling: Any
+) -> None:
+    """Print the prompt and a continuation, `num` times, each under a heading if there are several. An empty prompt
+    begins a new document, as its end-of-text token does. `sampling` is that of `stream_text`."""
+    ids = tokenizer.encode(prompt) or [tokenizer.separator]
+    shown = "" if ids == [tokenizer.end_of_text] else prompt
     for i in range(1, num + 1):
         unprinted = f"--- sample {i} of {num} ---\n{shown}" if num > 1 else shown
-        for text in stream_text(model, list(ids), max_new_tokens, **sampling):  # an error stands on a line of its own
+        for text in stream_text(
+            model, tokenizer, list(ids), max_new_tokens, **sampling
+        ):  # an error stands on a line of its own
             print(unprinted + text, end="", flush=True)
             unprinted = ""
         print()
 
 
-def converse(model: GPT2, max_new_tokens: int, **sampling: Any) -> None:
+def converse(model: GPT2, tokenizer: Tokenizer, max_new_tokens: int, **sampling: Any) -> None:
     """Continue what is typed on the terminal, until Ctrl-D. The model sees all of the text so far, typed and its own,
-    as far as its context reaches; after <|endoftext|> a new text begins. Ctrl-C stops a continuation."""
+    as far as its context reaches; after its end-of-text token a new text begins. Ctrl-C stops a continuation."""
     with suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited, and called back)
     stream(model, torch.zeros(1, 1, dtype=torch.long), max_new_tokens, **sampling)  # or raise what is wrong, at once
@@ -79,11 +71,11 @@ def converse(model: GPT2, max_new_tokens: int, **sampling: Any) -> None:
             return
         ids = seen
         try:
-            typed = get_tokenizer().encode_ordinary(("\n" if seen else "") + line) if line else []
-            ids = (seen + typed)[-room:] or _ids_of("", model)
-            for text in stream_text(model, ids, max_new_tokens, **sampling):
+            typed = tokenizer.encode(("\n" if seen else "") + line) if line else []
+            ids = (seen + typed)[-room:] or [tokenizer.separator]
+            for text in stream_text(model, tokenizer, ids, max_new_tokens, **sampling):
                 print(text, end="", flush=True)
-            seen = [] if ids[-1] == END_OF_TEXT else ids
+            seen = [] if ids[-1] in ends(model, tokenizer) else ids
         except KeyboardInterrupt:
             seen = ids
         except ValueError as error:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minigpt2.data.batches import DataError, Tokens, open_tokens
-from minigpt2.data.prepare import tokenise
+from minigpt2.data.prepare import check_tokenizer, tokenise
 from minigpt2.generate import NonFiniteError, evaluation_mode, nonfinite
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.model import GPT2
 from minigpt2.progress import Progress
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.tokenizer import Tokenizer, get_tokenizer
 
 __all__ = ["Evaluation", "evaluate", "tokens_of"]
 
@@ -67,9 +67,11 @@ def evaluate(
     length: int | None = None,
     stride: int | None = None,
     batch: int = 8,
+    tokenizer: Tokenizer | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Score every one of `tokens` (integers, (n,), which may be mapped from disk) once, the first after <|endoftext|>.
+    They are those of `tokenizer`, by default OpenAI's.
 
     Windows of `length` tokens (default: the context length) move by `stride` (default: half of it), so a token is
     predicted from at least length - stride tokens where there are as many; stride 1 gives each all the context the
@@ -90,14 +92,15 @@ def evaluate(
         raise DataError("there are no tokens to evaluate")
     if (problem := nonfinite(model)) is not None:
         raise NonFiniteError(problem)
-    sizes = bytes_of_tokens()
+    tokenizer = tokenizer or get_tokenizer()
+    sizes, separator = bytes_of_tokens(tokenizer), tokenizer.separator
     nats, n_bytes = 0.0, 0
     with (
         evaluation_mode(model),
         Progress(total=len(tokens), unit=" tokens", unit_scale=True, desc="evaluating", disable=not progress) as bar,
     ):
         for group in _alike(windows(len(tokens), length, stride), batch):
-            losses = _losses(model, tokens, group)
+            losses = _losses(model, tokens, group, separator)
             nats += losses.double().sum().item()
             if not math.isfinite(nats):
                 raise NonFiniteError(
@@ -105,7 +108,7 @@ def evaluate(
                 )
             for window in group:
                 scored = tokens[window.stop - window.scored : window.stop]
-                n_bytes += int(sizes[np.minimum(scored, END_OF_TEXT)].sum())
+                n_bytes += int(sizes[np.minimum(scored, len(sizes) - 1)].sum())
             bar.update(sum(window.scored for window in group))
     loss = nats / len(tokens)
     perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -125,34 +128,34 @@ def _alike(all_windows: Iterator[Window], batch: int) -> Iterator[list[Window]]:
     yield group
 
 
-def _losses(model: GPT2, tokens: Tokens, group: list[Window]) -> Tensor:
+def _losses(model: GPT2, tokens: Tokens, group: list[Window], separator: int) -> Tensor:
     """The losses (B, scored) of the tokens that count in windows of one shape."""
     device, scored = model.wte.weight.device, group[0].scored
-    rows = [np.concatenate([_before(tokens, w.start), tokens[w.start : w.stop]]) for w in group]
+    # The token before each window, and the window.
+    rows = [np.append(tokens[w.start - 1] if w.start else separator, tokens[w.start : w.stop]) for w in group]
     ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, 1 + T)
     hidden = model.hidden(ids[:, :-1])[:, -scored:]  # (B, scored, C): the rest needs no head
-    return linear_cross_entropy(hidden, model.wte.weight, ids[:, -scored:], reduction="none")
+    return linear_cross_entropy(hidden, model.head, ids[:, -scored:], reduction="none")
 
 
-def _before(tokens: Tokens, start: int) -> NDArray[np.uint16]:
-    return tokens[start - 1 : start] if start else np.array([END_OF_TEXT], dtype=np.uint16)
-
-
-def bytes_of_tokens() -> NDArray[np.int64]:
-    """The length in bytes of what each token id stands for, (50257,); 0 for <|endoftext|>, and so for ids after it."""
-    tokenizer = get_tokenizer()
-    sizes = [len(tokenizer.decode_single_token_bytes(i)) for i in range(END_OF_TEXT)]
+def bytes_of_tokens(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """The length in bytes of the text that each token id stands for, (n_vocab + 1,); 0 for the end-of-text token, and
+    for the last: ids that the tokenizer lacks."""
+    sizes = [0 if i == tokenizer.end_of_text else len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab)]
     return np.array([*sizes, 0], dtype=np.int64)
 
 
 @contextmanager
-def tokens_of(path: str | Path) -> Iterator[Tokens]:
+def tokens_of(path: str | Path, tokenizer: Tokenizer | None = None) -> Iterator[Tokens]:
     """The tokens of a token file (.bin), or of a text file or folder, with <|endoftext|> between documents. They are
-    mapped from disk: a text of any length goes through a temporary file."""
+    mapped from disk: a text of any length goes through a temporary file. `tokenizer` is OpenAI's by default. Raises
+    TokenizerError for a token file of another."""
+    tokenizer = tokenizer or get_tokenizer()
     if Path(path).suffix == ".bin":
+        check_tokenizer(Path(path).parent, tokenizer)
         yield open_tokens(path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        if not tokenise(path, Path(folder), request={}, progress=False):
+        if not tokenise(path, Path(folder), request={}, tokenizer=tokenizer, progress=False):
             raise DataError(f"{path}: no text found")
         yield open_tokens(Path(folder) / "tokens.bin")[:-1]

@@ -15,7 +15,7 @@ import torch
 # Before anything imports Triton, which transformers does: where there is no GPU, its interpreter runs our kernels.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from hugging_face import random_hf
+from hugging_face import first_tokens, random_hf
 from transformers import GPT2Config as HFConfig
 
 import minigpt2.ops.products
@@ -49,8 +49,10 @@ def tiny_config() -> GPT2Config:
 
 @pytest.fixture(scope="session")
 def hf_tiny(tiny_config: GPT2Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which transformers saved a random model of `tiny_config`. Not to be written to."""
+    """A folder in which transformers saved a random model of `tiny_config`, with the first of GPT-2's tokens. Not to be
+    written to."""
     folder = tmp_path_factory.mktemp("hf_tiny")
+    first_tokens(folder, tiny_config.vocab_size)
     random_hf(HFConfig(**tiny_config.to_dict())).save_pretrained(folder)
     return folder
 

@@ -3,65 +3,69 @@ library. Run by hand: python tests/fuzz_tokenizer.py --n 10000 --seed 0"""
 
 from __future__ import annotations
 
-import base64
 import codecs
 import functools
+import os
 import random
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import tiktoken
 from fuzzing import Finding, main
+from numpy.typing import NDArray
+from other_tokenizers import random_pair
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minigpt2.evaluate import bytes_of_tokens
-from minigpt2.tokenizer import END_OF_TEXT, RANKS_FILE, get_tokenizer
+from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.tokenizer_files import read_tokenizer
+
+# The digests of GPT-2's vocab.bpe and encoder.json, as tiktoken publishes them.
+PUBLISHED = (
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+)
 
 # As published in the encoder.py of GPT-2.
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-def ranks():
-    lines = RANKS_FILE.read_bytes().splitlines()
-    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+def ranks() -> dict[bytes, int]:
+    """The ranks as tiktoken's loader reads them from the files that we save."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TIKTOKEN_CACHE_DIR": ""}):
+        get_tokenizer().save(Path(folder))
+        return data_gym_to_mergeable_bpe_ranks(f"{folder}/merges.txt", f"{folder}/vocab.json", *PUBLISHED)
 
 
-def rule():
+def rule() -> tiktoken.Encoding:
     """tiktoken, with the published pattern."""
     return tiktoken.Encoding(
         "rule", pat_str=PATTERN, mergeable_ranks=ranks(), special_tokens={"<|endoftext|>": END_OF_TEXT}
     )
 
 
-def byte_letters():
-    """GPT-2's printable stand-in for each byte, from its encoder.py."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-def merged_from(token, ranks):
-    """The two halves that byte-pair encoding joins last to make `token`."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], 1 << 30))
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts
-
-
-def hugging_face():
-    """Hugging Face's implementation, from vocabulary and merges rebuilt out of the ranks."""
-    letters, by_rank = byte_letters(), ranks()
-    written = {token: "".join(letters[b] for b in token) for token in by_rank}
-    merges = [tuple(written[part] for part in merged_from(token, by_rank)) for token in by_rank if len(token) > 1]
-    tokenizer = Tokenizer(models.BPE(vocab={written[token]: rank for token, rank in by_rank.items()}, merges=merges))
+def hugging_face() -> Tokenizer:
+    """Hugging Face's implementation, from the files that we save."""
+    with tempfile.TemporaryDirectory() as folder:
+        get_tokenizer().save(Path(folder))
+        model = models.BPE.from_file(f"{folder}/vocab.json", f"{folder}/merges.txt")
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-rule, hugging_face, bytes_of_tokens = map(functools.cache, (rule, hugging_face, bytes_of_tokens))
+@functools.cache
+def sizes() -> NDArray[np.int64]:
+    return bytes_of_tokens(get_tokenizer())
+
+
+ranks, rule, hugging_face = map(functools.cache, (ranks, rule, hugging_face))
 
 FRAGMENTS = [
     *[
@@ -135,7 +139,23 @@ def stretch(rng: random.Random) -> str:
     return rng.choice(FRAGMENTS) * rng.choice([1, 10, 1000])
 
 
+def other_tokenizer(rng: random.Random, counts: Counter[str]) -> None:
+    """Merges at random, read from files, against the tokenizers library."""
+    letters = rng.choice(["abc ", "ab", "e\n '"])
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, ours = random_pair(Path(folder), rng, letters), read_tokenizer(folder)
+    for _ in range(20):
+        text = rng.choice([stretch(rng), "".join(rng.choice(letters) for _ in range(rng.randrange(40)))])
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if ours.encode_ordinary(text) != theirs.encode(whole).ids or ours.decode(ours.encode_ordinary(text)) != whole:
+            raise Finding(f"{text!r} is encoded or decoded otherwise")
+    counts["another tokenizer"] += 1
+
+
 def case(rng: random.Random, counts: Counter[str]) -> None:
+    if rng.randrange(10) == 0:
+        other_tokenizer(rng, counts)
+        return
     tokenizer = get_tokenizer()
     text = "".join(stretch(rng) for _ in range(rng.choice([1, 1, 2, 6])))
     ids = tokenizer.encode_ordinary(text)
@@ -146,10 +166,10 @@ def case(rng: random.Random, counts: Counter[str]) -> None:
         raise Finding(f"{text!r} is decoded to something else")
     if ids != hugging_face().encode(whole).ids:
         raise Finding(f"tokenizers encodes {text!r} otherwise")
-    if int(bytes_of_tokens()[ids].sum()) != len(whole.encode()):
+    if int(sizes()[ids].sum()) != len(whole.encode()):
         raise Finding(f"the tokens of {text!r} have another number of bytes")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    pieces = [decoder.decode(tokenizer.decode_single_token_bytes(i)) for i in ids]
+    pieces = [decoder.decode(tokenizer.token_bytes(i)) for i in ids]
     if "".join(pieces) + decoder.decode(b"", final=True) != whole:
         raise Finding(f"{text!r} is streamed as something else")
     if END_OF_TEXT in ids:

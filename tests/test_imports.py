@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"torch_private"},
     {"config", "command_line", "device", "extras", "files", "machine", "progress"},
-    {"ops"},
-    {"recompute", "loss", "inputs", "tokenizer"},
+    {"hub", "ops", "tokenizer"},
+    {"recompute", "loss", "inputs", "tokenizer_files"},
     {"data", "model"},
     {"weights", "generate", "memory"},
     {"evaluate", "parity", "console"},

@@ -1,4 +1,5 @@
-"""The tokenizer against tiktoken's own rule and against the tokenizers library, both built from the same ranks."""
+"""OpenAI's tokenizer against tiktoken's own rule and against the tokenizers library, both from the files that it saves,
+which are the published ones."""
 
 import copy
 import multiprocessing
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt2 import tokenizer as module
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer, token_bytes
+from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
 TEXTS = [
     "",
@@ -29,21 +30,22 @@ PIECES = "ab'stlre \n\t.0é漢👩\u200d<|>"
 
 
 def test_an_id_beyond_the_tokenizer_stands_for_no_character():
-    assert [token_bytes(i) for i in (0, END_OF_TEXT)] == [b"!", b"<|endoftext|>"]
-    assert token_bytes(50257) == token_bytes(60000) == b"\xff"
+    tokenizer = get_tokenizer()
+    assert [tokenizer.token_bytes(i) for i in (0, END_OF_TEXT)] == [b"!", b"<|endoftext|>"]
+    assert tokenizer.token_bytes(50257) == tokenizer.token_bytes(60000) == b"\xff"
 
 
 def test_published_facts():
     tokenizer = get_tokenizer()
     assert tokenizer.n_vocab == 50257
-    assert tokenizer.eot_token == END_OF_TEXT == 50256
+    assert tokenizer.end_of_text == tokenizer.separator == END_OF_TEXT == 50256
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert tokenizer.encode("The dog was found in a field") == [464, 3290, 373, 1043, 287, 257, 2214]
 
 
 def test_every_token_is_decoded_to_its_bytes():
     tokenizer = get_tokenizer()
-    assert {tokenizer.decode_single_token_bytes(i): i for i in range(50256)} == ranks()
+    assert {tokenizer.token_bytes(i): i for i in range(50256)} == ranks()
 
 
 def check(text):
@@ -51,7 +53,7 @@ def check(text):
     tokenizer, whole = get_tokenizer(), text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     ids = tokenizer.encode_ordinary(text)
     assert ids == rule().encode(text, disallowed_special=()) == hugging_face().encode(whole).ids
-    assert ids == tokenizer.encode(text, disallowed_special=()) == tokenizer.encode_ordinary_batch([text])[0]
+    assert ids == tokenizer.encode_document(text).tolist()
     assert END_OF_TEXT not in ids
     assert tokenizer.decode(ids) == whole
 
@@ -78,10 +80,10 @@ def test_a_megabyte_of_letters_is_encoded_as_its_rule_says():
     assert get_tokenizer().encode_ordinary("a" * 1_000_000) == [24794] * 250_000
 
 
-def test_end_of_text_is_one_token_where_it_is_allowed_and_refused_where_nothing_is_said():
-    assert get_tokenizer().encode("<|endoftext|>", allowed_special="all") == [END_OF_TEXT]
-    with pytest.raises(ValueError, match="disallowed special token"):
-        get_tokenizer().encode("<|endoftext|>")
+def test_end_of_text_is_one_token_in_a_prompt_and_text_in_a_document():
+    text, tokenizer = "a<|endoftext|>b", get_tokenizer()
+    assert tokenizer.encode(text) == rule().encode(text, allowed_special="all") == [64, END_OF_TEXT, 65]
+    assert END_OF_TEXT not in tokenizer.encode_document(text)
 
 
 @pytest.fixture
@@ -92,11 +94,11 @@ def uncached():
 
 
 @pytest.mark.usefixtures("uncached")
-def test_an_altered_ranks_file_is_refused(monkeypatch, tmp_path):
-    altered = tmp_path / "gpt2.tiktoken"
-    altered.write_bytes(module.RANKS_FILE.read_bytes() + b"\n")
-    monkeypatch.setattr(module, "RANKS_FILE", altered)
-    with pytest.raises(RuntimeError, match=f"{altered}: sha256 is .* expected {module.RANKS_SHA256}"):
+def test_an_altered_file_of_merges_is_refused(monkeypatch, tmp_path):
+    altered = tmp_path / "gpt2.bpe"
+    altered.write_bytes(module.MERGES_FILE.read_bytes() + b"\n")
+    monkeypatch.setattr(module, "MERGES_FILE", altered)
+    with pytest.raises(RuntimeError, match=f"{altered}: sha256 is .* expected {module.MERGES_SHA256}"):
         get_tokenizer()
 
 

@@ -381,9 +381,10 @@ def test_a_model_is_saved_into_the_folder_it_came_from(folder):
     model = GPT2.from_pretrained(folder)
     with torch.no_grad():
         model.wte.weight += 1
+    before = sorted(folder.iterdir())
     model.save_pretrained(folder)
     assert torch.equal(GPT2.from_pretrained(folder).wte.weight, model.wte.weight)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(folder.iterdir()) == before
 
 
 class Adapter(nn.Module):

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minigpt2.data.documents import DataError
-from minigpt2.data.prepare import META, TRAIN, VALIDATION, prepare
+from minigpt2.data.prepare import META, TRAIN, VALIDATION, check_tokenizer, prepare
 from minigpt2.files import errors_name
+from minigpt2.tokenizer import Tokenizer
 
 __all__ = [
     "Batches",
@@ -58,13 +59,18 @@ def is_token_folder(path: str | Path | None) -> bool:
     return path is not None and all((Path(path) / name).is_file() for name in (TRAIN, VALIDATION))
 
 
-def open_corpus(path: str | Path | None, folder: str | Path, *, progress: bool = False) -> Corpus:
+def open_corpus(
+    path: str | Path | None, folder: str | Path, *, tokenizer: Tokenizer | None = None, progress: bool = False
+) -> Corpus:
     """The token files in `path`; or the text under `path` (see documents.read_pieces), tokenised into `folder` unless
-    that was done before. Either way the tokens stay on disk."""
+    that was done before. Either way the tokens stay on disk. Raises TokenizerError where they are of another tokenizer
+    than the one given; none given makes tokens of text with OpenAI's, and takes the files of any."""
     if is_token_folder(path):
         folder = Path(path or "")
     elif not (Path(folder) / META).exists():
-        prepare(path, folder, progress=progress)
+        prepare(path, folder, tokenizer=tokenizer, progress=progress)
+    if tokenizer is not None:
+        check_tokenizer(Path(folder), tokenizer)
     return Corpus(open_tokens(Path(folder) / TRAIN), open_tokens(Path(folder) / VALIDATION))
 
 

@@ -2,7 +2,7 @@
 
 A folder of token files holds `train.bin` and `val.bin`: token ids as little-endian uint16, nothing else, with
 `<|endoftext|>` after each document; and `tokens.json`, which says what they were made of. Whole documents go to one
-file or the other, by a digest of their text.
+file or the other, by a digest of their text. Beside them lie the files of a tokenizer that is not OpenAI's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,9 +27,9 @@ from tqdm import tqdm
 from minigpt2.data.documents import DataError, Piece, read_pieces, text_files
 from minigpt2.files import atomic_write, errors_name, flush
 from minigpt2.progress import Progress
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.tokenizer import Tokenizer, TokenizerError, get_tokenizer
 
-__all__ = ["META", "TRAIN", "VALIDATION", "prepare", "tokenise"]
+__all__ = ["META", "TRAIN", "VALIDATION", "check_tokenizer", "prepare", "tokenise"]
 
 TRAIN, VALIDATION, META = "train.bin", "val.bin", "tokens.json"
 FORMAT = "minigpt2 tokens 1"
@@ -66,6 +67,7 @@ def prepare(
     validation_fraction: float = 0.05,
     separator: str | None = None,
     workers: int | None = None,
+    tokenizer: Tokenizer | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Tokenise the documents under `data` (see documents.read_pieces) into the folder `out`, and split them.
@@ -74,10 +76,15 @@ def prepare(
     those longer than that come last, the shortest first, and the longest of all stays for training. A corpus of one
     document gives its end. Interrupted, it continues; a finished folder is left as it is. `workers`
     processes (default: one a CPU) do the work of a corpus that is not small; a script that calls this needs the usual
-    `if __name__ == "__main__"`. Returns what tokens.json says: counts of tokens and documents.
+    `if __name__ == "__main__"`. `tokenizer` is OpenAI's by default. Returns what tokens.json says: counts of tokens and
+    documents.
 
-    Raises DataError when there is no text or when `out` holds tokens of something else.
+    Raises DataError when there is no text or when `out` holds tokens of something else, TokenizerError when it holds
+    those of another tokenizer.
     """
+    tokenizer = tokenizer or get_tokenizer()
+    if tokenizer.n_vocab > 1 << 16:
+        raise TokenizerError(f"token files have ids below 65536, the tokenizer up to {tokenizer.n_vocab - 1}")
     if not 0 <= validation_fraction < 1:
         raise DataError(f"the validation fraction must be in [0, 1), got {validation_fraction}")
     if separator == "":
@@ -86,6 +93,7 @@ def prepare(
     out, source = Path(out), None if data is None else str(data)
     request = {"data": source, "validation_fraction": validation_fraction, "separator": separator}
     if (out / META).exists():
+        check_tokenizer(out, tokenizer)
         meta: dict[str, Any] = json.loads((out / META).read_text(encoding="utf-8"))
         if meta.get("request") != request:
             raise DataError(f"{out} holds tokens of {meta.get('request')}; choose another folder")
@@ -95,16 +103,32 @@ def prepare(
             raise DataError(f"{out / name} is there already; choose another folder")
     part = out / ".part"
     part.mkdir(parents=True, exist_ok=True)
-    documents = tokenise(data, part, request=request, separator=separator, workers=workers, progress=progress)
+    options: dict[str, Any] = {"separator": separator, "workers": workers, "progress": progress}
+    documents = tokenise(data, part, request=request, tokenizer=tokenizer, **options)
     if not documents:
         shutil.rmtree(part)
         raise DataError(f"{data or 'standard library'}: no text found")
     counts = _split(part, out, validation_fraction)
-    meta = {"format": FORMAT, "request": request, "documents": documents, **counts}
+    meta = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "request": request, "documents": documents, **counts}
+    if tokenizer.fingerprint != get_tokenizer().fingerprint:
+        tokenizer.save(out)
     with atomic_write(out / META) as file:
         file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(part, ignore_errors=True)
     return meta
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise TokenizerError if the folder's tokens.json says that its tokens were made by another tokenizer. Where it
+    does not say, they were made by OpenAI's; token files without a tokens.json are anybody's."""
+    if (folder / META).exists():
+        made_by = json.loads((folder / META).read_text(encoding="utf-8")).get("tokenizer", get_tokenizer().fingerprint)
+        if made_by != tokenizer.fingerprint:
+            other = "OpenAI's tokenizer" if made_by == get_tokenizer().fingerprint else f"the tokenizer {made_by}"
+            raise TokenizerError(
+                f"{folder} holds tokens of {other}, not of {tokenizer}; make others in another folder, with "
+                "minigpt2 prepare --tokenizer and the folder of the model"
+            )
 
 
 def tokenise(
@@ -112,13 +136,15 @@ def tokenise(
     part: Path,
     *,
     request: dict[str, Any],
+    tokenizer: Tokenizer,
     separator: str | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> int:
     """Write the tokens of every document under `data`, in order, to `part`/tokens.bin, and to `part`/documents.bin the
     bucket and length of each. Continues from the journal in `part`. Returns the number of documents."""
-    journal = _read_journal(part, request)
+    request = request | {"tokenizer": tokenizer.fingerprint}
+    journal, end = _read_journal(part, request), tokenizer.separator
     if journal.file or journal.offset:
         again = next(read_pieces(data, separator, journal.file, 0), None)
         if again is None or again.seen != journal.seen:
@@ -134,14 +160,14 @@ def tokenise(
         errors_name(part),
         _opened_at(part / "tokens.bin", journal.tokens * _TOKEN.itemsize) as tokens,
         _opened_at(part / "documents.bin", journal.documents * _DOCUMENT.itemsize) as index,
-        _executor(workers if total - journal.bytes > SMALL else 1) as pool,
+        _executor(workers if total - journal.bytes > SMALL else 1, tokenizer) as pool,
     ):
         written = journal.tokens
 
         def take() -> None:
             nonlocal written
             piece, bucket, future = pending.popleft()
-            _append(journal, tokens, index, piece, bucket, future.result())
+            _append(journal, tokens, index, piece, bucket, future.result(), end)
             bar.update(journal.bytes - bar.n)
             if journal.tokens - written >= JOURNAL_EVERY:
                 _write_journal(part, journal, tokens, index)
@@ -158,29 +184,36 @@ def tokenise(
     return journal.documents
 
 
-def _executor(workers: int) -> Executor:
+def _executor(workers: int, tokenizer: Tokenizer) -> Executor:
     """Processes, since the encoder holds Python's lock; they are started afresh, as torch's threads do not survive a
     fork."""
     if workers == 1:
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+        return ThreadPoolExecutor(1, initializer=_start_worker, initargs=(tokenizer,))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer,))
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is interrupted, and ends it
+_worker = threading.local()
+
+
+def _start_worker(tokenizer: Tokenizer) -> None:
+    _worker.tokenizer = tokenizer
+    if threading.current_thread() is threading.main_thread():  # of a process
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is interrupted, and ends it
 
 
 def _encode(text: str) -> NDArray[Any]:
-    return get_tokenizer().encode_to_numpy(text, disallowed_special=()).astype(_TOKEN)
+    return _worker.tokenizer.encode_document(text).astype(_TOKEN)
 
 
 def _bucket(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
 
 
-def _append(journal: Journal, tokens: BinaryIO, index: BinaryIO, piece: Piece, bucket: int, ids: NDArray[Any]) -> None:
-    """Add a piece to the files and to the journal. A document has the bucket of its first piece; an empty one is left
-    out."""
+def _append(
+    journal: Journal, tokens: BinaryIO, index: BinaryIO, piece: Piece, bucket: int, ids: NDArray[Any], end: int
+) -> None:
+    """Add a piece to the files and to the journal. A document has the bucket of its first piece, and is followed by the
+    token `end`; an empty one is left out."""
     journal.bytes += piece.offset - (journal.offset if piece.file == journal.file else 0)
     journal.file, journal.offset, journal.seen = piece.file, piece.offset, piece.seen
     if not len(ids) and not journal.open_tokens:
@@ -188,7 +221,7 @@ def _append(journal: Journal, tokens: BinaryIO, index: BinaryIO, piece: Piece, b
     if not journal.open_tokens:
         journal.open_bucket = bucket
     if piece.ends:
-        ids = np.append(ids, _TOKEN.type(END_OF_TEXT))
+        ids = np.append(ids, _TOKEN.type(end))
     tokens.write(ids.tobytes())
     journal.tokens += len(ids)
     journal.open_tokens += len(ids)

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from minigpt2.data.batches import Batches, fingerprint
 from minigpt2.model import GPT2
+from minigpt2.tokenizer import Tokenizer
 from minigpt2.training import snapshot
 from minigpt2.training.parallel import Processes
 
@@ -37,11 +39,28 @@ class RunState:
         self.model, self.optimizer, self.scaler, self.batches = model, optimizer, scaler, batches
         self.processes, self.device, self.settings = processes, processes.device, settings
         self.corpus_fingerprint = fingerprint(batches.tokens)
+        self.tokenizer: Tokenizer | None = None
+        """What made the tokens, if that is known."""
         self.step = 0
         self.tokens = 0
         self.val_loss = self.best = math.inf
         self.saved_step = -1
         """The step of the last snapshot."""
+
+    @property
+    def made_by(self) -> str | None:
+        """The tokenizer's fingerprint."""
+        return None if self.tokenizer is None else self.tokenizer.fingerprint
+
+    def say(self, message: str) -> None:
+        """Print beside the progress bar, once for all processes."""
+        if self.processes.main:
+            tqdm.write(message)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files, if it is known."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder, self.model.config.n_positions)
 
     def save(self, root: Path, keep: int) -> None:
         """Take a snapshot, unless this step has one, and keep the newest `keep`. Every process must call this."""
@@ -55,7 +74,12 @@ class RunState:
         epoch, window = divmod(self.batches.position, self.batches.windows)
         state = {
             "config": self.settings,
-            "data": {"epoch": epoch, "window": window, "fingerprint": self.corpus_fingerprint},
+            "data": {
+                "epoch": epoch,
+                "window": window,
+                "fingerprint": self.corpus_fingerprint,
+                "tokenizer": self.made_by,
+            },
             "tokens": self.tokens,
             "val_loss": self.val_loss,
             "best_val_loss": self.best,
@@ -86,6 +110,9 @@ class RunState:
         problems = [f"{name} {state['config'].get(name)} there, {now[name]} here" for name in differ]
         if state["data"]["fingerprint"] != self.corpus_fingerprint:
             problems.append("the training tokens are not the same")
+        made_by = state["data"].get("tokenizer")
+        if made_by and self.made_by and made_by != self.made_by:
+            problems.append(f"tokenizer {made_by} there, {self.made_by} here")
         if problems:
             raise snapshot.SnapshotError(f"{saved.path} is of another configuration: {'; '.join(problems)}")
         snapshot.load_weights(self.model, saved.tensors("weights"))

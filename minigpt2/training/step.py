@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from minigpt2.device import to_device
 from minigpt2.model import GPT2
+from minigpt2.tokenizer import Tokenizer
 from minigpt2.training.guards import first_nonfinite
 from minigpt2.training.parallel import Processes, unsynchronised
 from minigpt2.training.snapshot import weight_tensors
@@ -105,14 +106,14 @@ def mean_loss(network: nn.Module, batches: Iterable[Batch], processes: Processes
     return loss_sum / count
 
 
-def save_weights(model: GPT2, folder: Path, processes: Processes) -> GPT2:
-    """Let the main process write the weights, gathered if they are sharded. Returns a model that has them there; on the
-    other processes it has none."""
+def save_weights(model: GPT2, folder: Path, processes: Processes, tokenizer: Tokenizer | None) -> GPT2:
+    """Let the main process write the weights, gathered if they are sharded, and the tokenizer. Returns a model that has
+    them there; on the other processes it has none."""
     if processes.torchrun:
         tensors = weight_tensors(model, keep=processes.main)
         with torch.device("meta"):
             model = GPT2(model.config)
         model.load_state_dict(tensors, assign=True, strict=processes.main)
     if processes.main:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, tokenizer)
     return model
