@@ -230,13 +230,13 @@ def _that_apply(merges: list[tuple[str, str]]) -> list[str]:
     if merges == _official_merges():
         return [a + b for a, b in merges]
     ranks: dict[str, int] = {}
-    seen = set(LETTERS.values())
+    missed: set[str] = set()  # tokens that a merge named before they were made
     for a, b in merges:
-        if a not in seen or b not in seen:
-            raise TokenizerError(f"the merge of {a!r} and {b!r} comes before one of these is made")
-        seen.add(a + b)
+        missed |= {part for part in (a, b) if len(part) > 1 and part not in ranks}
         if _merged(a + b, ranks) == [a, b]:
             ranks[a + b] = len(ranks)
+            if a + b in missed:
+                raise TokenizerError(f"a merge of {a + b!r} with another token comes before it is made")
     return list(ranks)
 
 

@@ -22,7 +22,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minigpt2.evaluate import bytes_of_tokens
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.tokenizer import END_OF_TEXT, TokenizerError, get_tokenizer
 from minigpt2.tokenizer_files import read_tokenizer
 
 # The digests of GPT-2's vocab.bpe and encoder.json, as tiktoken publishes them.
@@ -143,7 +143,14 @@ def other_tokenizer(rng: random.Random, counts: Counter[str]) -> None:
     """Merges at random, read from files, against the tokenizers library."""
     letters = rng.choice(["abc ", "ab", "e\n '"])
     with tempfile.TemporaryDirectory() as folder:
-        theirs, ours = random_pair(Path(folder), rng, letters), read_tokenizer(folder)
+        theirs = random_pair(Path(folder), rng, letters)
+        try:
+            ours = read_tokenizer(folder)
+        except TokenizerError as error:
+            if "comes before it is made" not in str(error):
+                raise
+            counts["refused"] += 1
+            return
     for _ in range(20):
         text = rng.choice([stretch(rng), "".join(rng.choice(letters) for _ in range(rng.randrange(40)))])
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from other_tokenizers import TEXT, random_pair, train_pair, train_whole
 from test_tokenizer import TEXTS
@@ -82,7 +82,10 @@ def test_special_tokens_keep_their_meaning(tmp_path: Path, added: tuple[AddedTok
 def test_merges_that_never_apply_and_ids_in_no_order_are_read_as_meant(tmp_path_factory, seed, texts) -> None:
     folder = tmp_path_factory.mktemp("random")
     theirs = random_pair(folder, random.Random(seed))
-    ours = read(folder)
+    try:
+        ours = read(folder)
+    except TokenizerError:  # a merge of a token that only a later one makes: few
+        reject()
     assert [ours.encode_ordinary(text) for text in texts] == [theirs.encode(text).ids for text in texts]
 
 
@@ -253,7 +256,7 @@ def test_a_tokenizer_json_that_is_not_as_in_gpt2_is_refused_by_name(tmp_path: Pa
         ),
         (written("merges.txt", "#version: 0.2\na b c\n"), "a merge is 'a b c', expected two tokens"),
         (written("merges.txt", b"#version: 0.2\n\xff\n"), "cannot be read"),
-        (written("merges.txt", "h e\nĠt he\nĠ t\n"), "the merge of 'Ġt' and 'he' comes before one of these is made"),
+        (written("merges.txt", "h e\nĠt he\nĠ t\n"), "a merge of 'Ġt' with another token comes before it is made"),
         (written("merges.txt", "Ġ t\nĠ t\n"), "a merge is there twice"),
         (written("vocab.json", '{"a": "b"}'), "not every token id is an integer"),
         (
