@@ -42,7 +42,7 @@ def generate(
     """Continue a prompt, printing the text as it comes.
 
     Args:
-        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        model: A folder with weights, or a model of the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME.
         prompt: The text to continue.
         max_new_tokens: The most tokens to add; generation ends earlier at <|endoftext|> and at the context length.
         temperature: Divides the logits; 0 always takes the likeliest token.
@@ -60,6 +60,7 @@ def generate(
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"--seed must be from 0 to 2**64 - 1, got {seed}")
     network, place = _load(model, attention, device)
+    ends = network.config.eos_token_ids or (END_OF_TEXT,)
     ids = torch.tensor([get_tokenizer().encode_ordinary(prompt)], dtype=torch.long, device=place)
     generator = None if seed is None else torch.Generator(place).manual_seed(seed)
     tokens = stream(
@@ -69,13 +70,13 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        eos_token_id=END_OF_TEXT,
+        eos_token_id=ends,
         generator=generator,
     )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     unprinted = prompt  # until there is a token: an error stands on a line of its own
     for token in tokens:
-        if token.item() == END_OF_TEXT:
+        if token.item() in ends:
             continue
         print(unprinted + decoder.decode(token_bytes(int(token))), end="", flush=True)
         unprinted = ""
@@ -94,7 +95,7 @@ def evaluate(
     """Score a text of any length: loss, perplexity, bits per byte and number of tokens.
 
     Args:
-        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        model: A folder with weights, or a model of the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin), such as val.bin of `minigpt2 prepare`.
         stride: Tokens from one window to the next, 1 to length: less is slower and gives more context. Default: half.
         length: Tokens of context, at most. Default: the model's context length.
@@ -150,10 +151,10 @@ def prepare(
 
 
 def download(name: Annotated[str, tyro.conf.Positional]) -> None:
-    """Fetch official weights into weights/NAME and check them.
+    """Fetch a model of the Hugging Face hub into weights/NAME and check it.
 
     Args:
-        name: gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+        name: gpt2, gpt2-medium, gpt2-large, gpt2-xl or OWNER/NAME; OWNER/NAME@REVISION is a commit, branch or tag.
     """
     from minigpt2.weights import download
 
