@@ -47,7 +47,8 @@ def generate(
     $ minigpt2 generate --model gpt2 --prompt "Once upon a time"
 
     Args:
-        model: A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME), or a folder, such as that of a run.
+        model: A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME), or a folder, such as that of a
+            run.
         prompt: The text to continue; '' begins a new one. Default: what comes from standard input; on a terminal you
             type texts for the model to continue, until Ctrl-D.
         file: Continue the text of this file instead, without the newline at its end; - is standard input.
@@ -94,7 +95,8 @@ def evaluate(
     $ minigpt2 eval --model gpt2 --data book.txt
 
     Args:
-        model: A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME), or a folder, such as that of a run.
+        model: A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME), or a folder, such as that of a
+            run.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin), such as val.bin of `minigpt2 prepare`.
         stride: The text is read in windows; this many tokens lie from one to the next. Fewer are slower, and give the
             model more context. Default: half the length.
