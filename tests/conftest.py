@@ -3,8 +3,10 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests run beside each other: no thread should spin
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +22,19 @@ from transformers import GPT2Config as HFConfig
 
 import minigpt2.ops.products
 from minigpt2 import GPT2, GPT2Config
+from minigpt2.machine import free_bytes
 
 OFFICIAL_GPT2 = Path(__file__).parent.parent / "weights" / "gpt2"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One for each processor, as far as memory goes; tests that take all of a machine run one after another."""
+    if any(marker in config.option.markexpr for marker in ("large", "cuda")):
+        return 1
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(ValueError):  # a system that does not say
+        processors = min(processors, free_bytes() // (3 << 30))
+    return max(1, min(8, processors))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
