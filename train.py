@@ -31,7 +31,8 @@ from torch import nn
 from minigpt2 import memory, tune_allocator
 from minigpt2.command_line import complain, one_line_warnings, optional, parsed, replace_unprintable
 from minigpt2.config import GPT2Config
-from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
+from minigpt2.data.batches import Batches, Corpus, check_enough, in_order, open_corpus
+from minigpt2.data.documents import TextOptions, check_options
 from minigpt2.device import resident_bytes
 from minigpt2.files import atomic_write, removed_on_error
 from minigpt2.generate import sample_text
@@ -47,14 +48,14 @@ from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(TextOptions):
     """Train a GPT-2 from scratch, or fine-tune one with --init.
     $ minigpt2 train --data texts/ --out runs/first
     $ minigpt2 train --data texts/ --init gpt2 --out runs/tuned"""
 
     data: Annotated[Path | None, optional("PATH")] = None
-    """UTF-8 text: a file, or a folder of files; or token files from `minigpt2 prepare`. Default: the Python standard
-    library's own sources."""
+    """Text, JSON lines or Parquet, plain or compressed, in a file, a folder of files or a pipe; or a folder of tokens
+    from `minigpt2 prepare`. Default: the Python standard library's own sources."""
     out: Annotated[Path | None, optional("FOLDER")] = None
     """Run folder, which must not hold a run yet, or hold one with --resume. Default: a new folder under runs/, named by
     the time."""
@@ -141,6 +142,7 @@ class TrainConfig:
             problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it alone")
         if problems := problems or check_trackers(self.to_json()):
             raise ValueError("; ".join(problems))
+        check_options(self)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -326,11 +328,11 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
     tokenizer = tokenizer_of_run(config.init, config.data, model.config.vocab_size, out if config.resume else None)
     with removed_on_error(out) if processes.main else nullcontext():
         if processes.main:
-            open_corpus(config.data, out / "tokens", tokenizer=tokenizer, progress=True)
+            settings: dict[str, Any] = {"renew": not config.resume, "tokenizer": tokenizer, "progress": True}
+            open_corpus(config.data, out / "tokens", config, **settings)
         processes.wait()
         corpus = open_corpus(config.data, out / "tokens", tokenizer=tokenizer)
-        if len(corpus.validation) <= config.length:
-            raise DataError(f"{len(corpus.validation)} validation tokens are too few for one window of {config.length}")
+        check_enough(corpus, config.batch, config.length, processes.world)
         trainer = Trainer(config, model, corpus, processes)
         trainer.tokenizer = tokenizer
     if processes.rank:  # process 0 goes on with the state that made the weights, as a single process does

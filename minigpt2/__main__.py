@@ -18,6 +18,7 @@ import tyro
 
 from minigpt2 import __version__
 from minigpt2.command_line import deferred, one_line_warnings, optional, parsed, reader_left, replace_unprintable
+from minigpt2.data.documents import TextOptions
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DESCRIPTION = "Train GPT-2, fine-tune it, and use it. `minigpt2 VERB --help` lists the options of a verb."
+Text = Annotated[TextOptions, tyro.conf.arg(name="")]
 
 
 def generate(
@@ -90,6 +92,7 @@ def evaluate(
     batch: int = 8,
     attention: str = "auto",
     device: str = "auto",
+    text: Text = TextOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity and bits per byte.
     $ minigpt2 eval --model gpt2 --data book.txt
@@ -97,18 +100,20 @@ def evaluate(
     Args:
         model: A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME), or a folder, such as that of a
             run.
-        data: UTF-8 text, a file or a folder of files; or a token file (.bin), such as val.bin of `minigpt2 prepare`.
+        data: What train --data takes: text, JSON lines or Parquet, plain or compressed, in a file, a folder of files or
+            a pipe. A folder from `minigpt2 prepare` gives its validation tokens; a token file (.bin) all of its own.
         stride: The text is read in windows; this many tokens lie from one to the next. Fewer are slower, and give the
             model more context. Default: half the length.
         length: Tokens in a window. Default: the model's context length.
         batch: Windows at a time.
         attention: What computes attention: auto, eager, sdpa or fused (`minigpt2 info` says which auto is).
         device: cpu, cuda, cuda:N, mps, or auto, the best there is.
+        text: How files are read as documents.
     """
     from minigpt2.evaluate import evaluate, tokens_of
 
     network, tokenizer, _ = _load(model, attention, device)
-    with tokens_of(data, tokenizer) as tokens:
+    with tokens_of(data, text, tokenizer=tokenizer, progress=True) as tokens:
         settings: dict[str, Any] = {"length": length, "stride": stride, "batch": batch, "tokenizer": tokenizer}
         result = evaluate(network, tokens, **settings, progress=True)
     print(f"loss {result.loss:.6f} nats per token, perplexity {result.perplexity:.4f}")
@@ -171,20 +176,23 @@ def prepare(
     data: str,
     out: str,
     validation_fraction: float = 0.05,
-    separator: Annotated[str | None, optional("TEXT")] = None,
+    renew: bool = False,
     workers: Annotated[int | None, optional("INT")] = None,
     tokenizer: Annotated[Path | None, optional("FOLDER")] = None,
+    text: Text = TextOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Turn text into tokens once, for many runs: train --data takes the folder.
     $ minigpt2 prepare --data texts/ --out tokens/
 
     Args:
-        data: UTF-8 text: a file, or a folder of files, each of them a document.
+        data: Text, JSON lines or Parquet, plain or compressed (gzip, zstd), in a file, a folder of files or a pipe such
+            as /dev/stdin.
         out: The folder to write: train.bin and val.bin. Stopped in the middle, the same command goes on.
-        validation_fraction: What part of the tokens is kept for validation, in whole documents.
-        separator: Text between the documents of one file, such as '<|endoftext|>'. Default: a file is one document.
+        validation_fraction: What part of the tokens is kept for validation, in whole documents where they are many.
+        renew: Replace the tokens in --out if the files or the settings are others now.
         workers: Processes to work with. Default: one for each CPU.
         tokenizer: A folder with the tokenizer of the model to train. Default: OpenAI's.
+        text: How files are read as documents.
     """
     from minigpt2.data.prepare import prepare
     from minigpt2.tokenizer import TokenizerError, get_tokenizer
@@ -193,8 +201,8 @@ def prepare(
     found = get_tokenizer() if tokenizer is None else read_tokenizer(tokenizer)
     if found is None:
         raise TokenizerError(f"--tokenizer {tokenizer}: there is no tokenizer.json, nor vocab.json and merges.txt")
-    settings: dict[str, Any] = {"separator": separator, "workers": workers, "tokenizer": found}
-    meta = prepare(data, out, validation_fraction=validation_fraction, **settings)
+    settings: dict[str, Any] = {"renew": renew, "workers": workers, "tokenizer": found}
+    meta = prepare(data, out, text, validation_fraction=validation_fraction, **settings)
     train, validation = meta["train_tokens"], meta["validation_tokens"]
     print(f"{out}: {meta['documents']:,} documents, {train:,} training and {validation:,} validation tokens")
 

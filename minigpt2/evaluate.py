@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minigpt2.data.batches import DataError, Tokens, open_tokens
-from minigpt2.data.prepare import check_tokenizer, tokenise
+from minigpt2.data.batches import DataError, Tokens, is_token_folder, open_tokens
+from minigpt2.data.documents import TextOptions
+from minigpt2.data.prepare import VALIDATION, check_tokenizer, tokenise
 from minigpt2.generate import NonFiniteError, evaluation_mode, nonfinite
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.model import GPT2
@@ -146,16 +147,26 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> NDArray[np.int64]:
 
 
 @contextmanager
-def tokens_of(path: str | Path, tokenizer: Tokenizer | None = None) -> Iterator[Tokens]:
-    """The tokens of a token file (.bin), or of a text file or folder, with <|endoftext|> between documents. They are
-    mapped from disk: a text of any length goes through a temporary file. `tokenizer` is OpenAI's by default. Raises
-    TokenizerError for a token file of another."""
+def tokens_of(
+    path: str | Path,
+    text: TextOptions = TextOptions(),  # noqa: B008 (frozen)
+    *,
+    tokenizer: Tokenizer | None = None,
+    progress: bool = False,
+) -> Iterator[Tokens]:
+    """The tokens of a token file (.bin), the validation tokens of a folder of token files, or those of text (see
+    prepare.prepare) with <|endoftext|> between documents. They are mapped from disk: a text of any length goes through
+    a temporary file. `tokenizer` is OpenAI's by default. Raises TokenizerError for tokens of another."""
     tokenizer = tokenizer or get_tokenizer()
     if Path(path).suffix == ".bin":
         check_tokenizer(Path(path).parent, tokenizer)
         yield open_tokens(path)
         return
+    if is_token_folder(path):
+        check_tokenizer(Path(path), tokenizer)
+        yield open_tokens(Path(path) / VALIDATION)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        if not tokenise(path, Path(folder), request={}, tokenizer=tokenizer, progress=False):
+        if not tokenise(path, Path(folder), text, tokenizer=tokenizer, progress=progress):
             raise DataError(f"{path}: no text found")
         yield open_tokens(Path(folder) / "tokens.bin")[:-1]

@@ -94,6 +94,9 @@ VERBS: dict[str, dict[str, list[str]]] = {
         "--out": OUTS,
         "--validation-fraction": NUMBERS,
         "--separator": ["None", "", "\n\n", "<|endoftext|>", "é", "\udcff"],
+        "--encoding": ["None", "latin-1", "utf-16", "hex", "", "abacus"],
+        "--field": ["None", "text", ""],
+        "--renew": [],
         "--workers": ["1", "1", "0", "-1", "many", "1.5"],
     },
     "plan": {

@@ -1,8 +1,8 @@
 """Tokens to batches. Knows nothing of the model.
 
-A corpus is a list of documents; `<|endoftext|>` follows each. Whole documents go to training or to validation. Batches
-are drawn without replacement, epoch by epoch, in an order that the seed and the epoch decide, so that the position of a
-run in its data is two integers, epoch and window, and a resumed run continues with the very next batch.
+A corpus is a list of documents; `<|endoftext|>` follows each. Batches are drawn without replacement, epoch
+by epoch, in an order that the seed and the epoch decide, so that the position of a run in its data is two integers,
+epoch and window, and a resumed run continues with the very next batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minigpt2.data.documents import DataError
+from minigpt2.data.documents import DataError, TextOptions
 from minigpt2.data.prepare import META, TRAIN, VALIDATION, check_tokenizer, prepare
 from minigpt2.files import errors_name
 from minigpt2.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ __all__ = [
     "Batches",
     "Corpus",
     "DataError",
+    "check_enough",
     "fingerprint",
     "gather",
     "in_order",
@@ -60,18 +61,42 @@ def is_token_folder(path: str | Path | None) -> bool:
 
 
 def open_corpus(
-    path: str | Path | None, folder: str | Path, *, tokenizer: Tokenizer | None = None, progress: bool = False
+    path: str | Path | None,
+    folder: str | Path,
+    text: TextOptions = TextOptions(),  # noqa: B008 (frozen)
+    *,
+    renew: bool = False,
+    tokenizer: Tokenizer | None = None,
+    progress: bool = False,
 ) -> Corpus:
-    """The token files in `path`; or the text under `path` (see documents.read_pieces), tokenised into `folder` unless
-    that was done before. Either way the tokens stay on disk. Raises TokenizerError where they are of another tokenizer
-    than the one given; none given makes tokens of text with OpenAI's, and takes the files of any."""
+    """The token files in `path`; or the text under `path` (see prepare.prepare), tokenised into `folder` unless that
+    was done before. With `renew`, tokens that are there already are replaced if they are not of that text as it is now;
+    without, they are taken as they are. Either way the tokens stay on disk. Raises TokenizerError where they are of
+    another tokenizer than the one given; none given makes tokens of text with OpenAI's, and takes the files of any."""
     if is_token_folder(path):
         folder = Path(path or "")
-    elif not (Path(folder) / META).exists():
-        prepare(path, folder, tokenizer=tokenizer, progress=progress)
+    elif renew or not (Path(folder) / META).exists():
+        prepare(path, folder, text, renew=renew, tokenizer=tokenizer, progress=progress)
     if tokenizer is not None:
         check_tokenizer(Path(folder), tokenizer)
     return Corpus(open_tokens(Path(folder) / TRAIN), open_tokens(Path(folder) / VALIDATION))
+
+
+def check_enough(corpus: Corpus, batch: int, length: int, world: int = 1) -> None:
+    """Raise DataError, with settings that would do, unless the corpus has a batch to train on and a window to validate
+    on. `world` processes share a batch."""
+    have, validation = len(corpus.train), len(corpus.validation)
+    if have > batch * length and validation > length:
+        return
+    needs = f"--batch {batch} --length {length} needs {batch * length + 1:,} and {length + 1:,}"
+    message = f"{have:,} training and {validation:,} validation tokens are too few: {needs}"
+    shorter = (
+        1 << (min(length, validation - 1, (have - 1) // world)).bit_length() - 1 if min(have, validation) > 1 else 0
+    )
+    fitting = min(batch, (have - 1) // shorter) // world * world if shorter else 0
+    if not fitting:
+        raise DataError(f"{message}; more text is needed")
+    raise DataError(f"{message}; with this data --batch {fitting} --length {shorter} would do")
 
 
 def fingerprint(tokens: Tokens) -> str:

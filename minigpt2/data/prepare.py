@@ -1,21 +1,24 @@
 """Text to token files: in parallel, resumable, and in memory that does not grow with the corpus.
 
 A folder of token files holds `train.bin` and `val.bin`: token ids as little-endian uint16, nothing else, with
-`<|endoftext|>` after each document; and `tokens.json`, which says what they were made of. Whole documents go to one
-file or the other, by a digest of their text. Beside them lie the files of a tokenizer that is not OpenAI's.
+`<|endoftext|>` after each document; `tokens.json`, which says what they were made of; and `files.jsonl`, the list of
+the files that they were made of. Beside them lie the files of a tokenizer that is not OpenAI's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,14 +27,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from minigpt2.data.documents import DataError, Piece, read_pieces, text_files
-from minigpt2.files import atomic_write, errors_name, flush
+from minigpt2.data.documents import DataError, TextOptions, check_options
+from minigpt2.data.sources import Piece, Survey, changes, read_list, read_pieces, root_of, survey
+from minigpt2.data.split import DOCUMENT, TOKEN, split
+from minigpt2.files import atomic_write, errors_name, flush, removed_on_error
 from minigpt2.progress import Progress
 from minigpt2.tokenizer import Tokenizer, TokenizerError, get_tokenizer
 
 __all__ = ["META", "TRAIN", "VALIDATION", "check_tokenizer", "prepare", "tokenise"]
 
 TRAIN, VALIDATION, META = "train.bin", "val.bin", "tokens.json"
+FILES = "files.jsonl"
 FORMAT = "minigpt2 tokens 1"
 JOURNAL_EVERY = 1 << 22
 """Tokens between two entries in the journal, from which an interrupted run continues."""
@@ -39,9 +45,7 @@ JOURNAL_EVERY = 1 << 22
 SMALL = 1 << 25
 """Bytes of text that are tokenised sooner than processes for it have started."""
 
-BUCKETS = 1 << 16
-_DOCUMENT = np.dtype([("bucket", "<u2"), ("tokens", "<u8")])
-_TOKEN = np.dtype("<u2")
+SEPARATOR = "<|endoftext|>"
 
 
 @dataclass
@@ -51,7 +55,6 @@ class Journal:
     request: dict[str, Any]
     file: int = 0
     offset: int = 0
-    seen: str = ""
     bytes: int = 0
     tokens: int = 0
     documents: int = 0
@@ -63,53 +66,70 @@ class Journal:
 def prepare(
     data: str | Path | None,
     out: str | Path,
+    text: TextOptions = TextOptions(),  # noqa: B008 (frozen)
     *,
     validation_fraction: float = 0.05,
-    separator: str | None = None,
+    renew: bool = False,
     workers: int | None = None,
     tokenizer: Tokenizer | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Tokenise the documents under `data` (see documents.read_pieces) into the folder `out`, and split them.
+    """Tokenise the documents under `data` into the folder `out`, and split them (see split.split).
 
-    Validation gets documents in the order of a digest of their text until it has `validation_fraction` of the tokens;
-    those longer than that come last, the shortest first, and the longest of all stays for training. A corpus of one
-    document gives its end. Interrupted, it continues; a finished folder is left as it is. `workers`
-    processes (default: one a CPU) do the work of a corpus that is not small; a script that calls this needs the usual
-    `if __name__ == "__main__"`. `tokenizer` is OpenAI's by default. Returns what tokens.json says: counts of tokens and
-    documents.
+    `data` is a file, a pipe, or a folder, in which files that are not text are left out (see sources.survey); None
+    means the standard library's sources. Interrupted, it continues; a finished folder is left as it is while the files
+    and the settings are what they were, and written anew after that only with `renew`. `workers` processes (default:
+    one a CPU) do the work of a corpus that is not small; a script that calls this needs the usual `if __name__ ==
+    "__main__"`. With `progress`, a line says what was read and a bar how far it is. Returns what tokens.json says:
+    counts of files, documents and tokens. `tokenizer` is OpenAI's by default.
 
-    Raises DataError when there is no text or when `out` holds tokens of something else, TokenizerError when it holds
-    those of another tokenizer.
+    Raises DataError when there is no text, when too much of it is left out, or when `out` holds other tokens, and
+    TokenizerError when it holds those of another tokenizer.
     """
     tokenizer = tokenizer or get_tokenizer()
     if tokenizer.n_vocab > 1 << 16:
         raise TokenizerError(f"token files have ids below 65536, the tokenizer up to {tokenizer.n_vocab - 1}")
     if not 0 <= validation_fraction < 1:
         raise DataError(f"the validation fraction must be in [0, 1), got {validation_fraction}")
-    if separator == "":
-        raise DataError("the separator of documents must not be empty")
-    text_files(data)  # raises before anything is written
-    out, source = Path(out), None if data is None else str(data)
-    request = {"data": source, "validation_fraction": validation_fraction, "separator": separator}
+    check_options(text)
+    out, part = Path(out), Path(out, ".part")
+    settings = {name: getattr(text, name) for name in ("separator", "encoding", "field")}
+    request = {"validation_fraction": validation_fraction, **settings}
     if (out / META).exists():
         check_tokenizer(out, tokenizer)
         meta: dict[str, Any] = json.loads((out / META).read_text(encoding="utf-8"))
-        if meta.get("request") != request:
-            raise DataError(f"{out} holds tokens of {meta.get('request')}; choose another folder")
-        return meta
+        changed = _changes(meta, request, data, out, text)
+        if not changed:
+            return meta
+        if not renew:
+            what = f"{out} holds tokens of {meta.get('data') or 'other text'}, and since then: {changed}"
+            raise DataError(f"{what}; --renew replaces them, another --out keeps them")
     for name in (TRAIN, VALIDATION):
-        if (out / name).exists() and not (out / ".part").exists():
+        if (out / name).exists() and not (out / META).exists() and not part.exists():
             raise DataError(f"{out / name} is there already; choose another folder")
-    part = out / ".part"
-    part.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"separator": separator, "workers": workers, "progress": progress}
-    documents = tokenise(data, part, request=request, tokenizer=tokenizer, **options)
+    with removed_on_error(out), removed_on_error(part):
+        part.mkdir(parents=True, exist_ok=True)
+        begun = request | {"tokenizer": tokenizer.fingerprint}
+        journal = _read_journal(part, begun)
+        found, unchanged = _survey(data, text, part, journal, progress=progress)
+    if not unchanged:
+        tqdm.write(f"{data}: the files have changed since {part} was begun; starting over")
+        journal = Journal(begun)
+    if progress and (data is None or Path(data).is_dir()):
+        tqdm.write(found.line())
+    documents = _tokenise(data, part, text, found, journal, tokenizer, workers=workers, progress=progress)
     if not documents:
         shutil.rmtree(part)
-        raise DataError(f"{data or 'standard library'}: no text found")
-    counts = _split(part, out, validation_fraction)
-    meta = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "request": request, "documents": documents, **counts}
+        with suppress(OSError):
+            out.rmdir()
+        raise DataError(f"{data}: no text found")
+    (out / META).unlink(missing_ok=True)  # from here on `out` is unfinished
+    counts = split(part, out / TRAIN, out / VALIDATION, validation_fraction, tokenizer.separator)
+    with atomic_write(out / FILES) as file:
+        shutil.copyfile(part / FILES, file)
+    origin = {"data": None if data is None else str(data), "files": found.files, "left_out": dict(found.left_out)}
+    made_by = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "request": request}
+    meta = {**made_by, **origin, "documents": documents, **counts}
     if tokenizer.fingerprint != get_tokenizer().fingerprint:
         tokenizer.save(out)
     with atomic_write(out / META) as file:
@@ -131,49 +151,90 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
             )
 
 
+def _changes(
+    meta: dict[str, Any], request: dict[str, Any], data: str | Path | None, out: Path, text: TextOptions
+) -> str:
+    """In words, how what is asked for differs from what the tokens in `out` were made of; empty if it does not."""
+    made = meta.get("request") or {}
+    other = [
+        f"{name} {value!r} instead of {made.get(name)!r}" for name, value in request.items() if made.get(name) != value
+    ]
+    if other:
+        return ", ".join(other)
+    if not (out / FILES).exists():
+        return f"no {FILES} in it tells whether the files are the same"
+    with tempfile.TemporaryDirectory() as folder:
+        survey(data, text, Path(folder, FILES), read_list(out / FILES))
+        return changes(read_list(out / FILES), read_list(Path(folder, FILES)))
+
+
+def _survey(
+    data: str | Path | None, text: TextOptions, part: Path, journal: Journal, *, progress: bool
+) -> tuple[Survey, bool]:
+    """What is under `data`, with the list of its files in `part`; and whether those that the journal counts are what
+    they were."""
+    new, old = part / f"{FILES}.new", part / FILES
+    with errors_name(part):
+        found = survey(data, text, new, read_list(old), progress=progress)
+    n = journal.file + 1 if journal.offset else journal.file
+    before, now = (itertools.islice(read_list(path), n) for path in (old, new))
+    unchanged = not n or (found.bytes is not None and not changes(before, now))
+    new.replace(old)
+    return found, unchanged
+
+
 def tokenise(
+    data: str | Path, part: Path, text: TextOptions, *, tokenizer: Tokenizer | None = None, progress: bool = False
+) -> int:
+    """Write the tokens of every document under `data`, in order, to `part`/tokens.bin. Returns the number of
+    documents."""
+    check_options(text)
+    found = survey(data, text, part / FILES, progress=progress)
+    if progress and Path(data).is_dir():
+        tqdm.write(found.line())
+    return _tokenise(data, part, text, found, Journal({}), tokenizer or get_tokenizer(), progress=progress)
+
+
+def _tokenise(
     data: str | Path | None,
     part: Path,
-    *,
-    request: dict[str, Any],
+    text: TextOptions,
+    found: Survey,
+    journal: Journal,
     tokenizer: Tokenizer,
-    separator: str | None = None,
+    *,
     workers: int | None = None,
-    progress: bool = True,
+    progress: bool,
 ) -> int:
-    """Write the tokens of every document under `data`, in order, to `part`/tokens.bin, and to `part`/documents.bin the
-    bucket and length of each. Continues from the journal in `part`. Returns the number of documents."""
-    request = request | {"tokenizer": tokenizer.fingerprint}
-    journal, end = _read_journal(part, request), tokenizer.separator
-    if journal.file or journal.offset:
-        again = next(read_pieces(data, separator, journal.file, 0), None)
-        if again is None or again.seen != journal.seen:
-            tqdm.write(f"{data}: the files have changed since {part} was begun; starting over")
-            journal = Journal(request)
+    """Write the tokens of the files that the survey found to `part`/tokens.bin, and to `part`/documents.bin the bucket
+    and length of each document, from where the journal is on. Returns the number of documents."""
     workers = workers or os.cpu_count() or 1
-    total = sum(path.stat().st_size for path in text_files(data))
-    counted: dict[str, Any] = {"total": total, "initial": journal.bytes, "unit": "B", "unit_scale": True}
+    counted: dict[str, Any] = {"total": found.bytes, "initial": journal.bytes, "unit": "B", "unit_scale": True}
     bar = Progress(**counted, desc="tokenising", disable=not progress)
     pending: deque[tuple[Piece, int, Future[NDArray[Any]]]] = deque()
     with (
         bar,
         errors_name(part),
-        _opened_at(part / "tokens.bin", journal.tokens * _TOKEN.itemsize) as tokens,
-        _opened_at(part / "documents.bin", journal.documents * _DOCUMENT.itemsize) as index,
-        _executor(workers if total - journal.bytes > SMALL else 1, tokenizer) as pool,
+        _opened_at(part / "tokens.bin", journal.tokens * TOKEN.itemsize) as tokens,
+        _opened_at(part / "documents.bin", journal.documents * DOCUMENT.itemsize) as index,
+        _executor(workers if found.bytes is None or found.bytes - journal.bytes > SMALL else 1, tokenizer) as pool,
     ):
-        written = journal.tokens
+        written, told = journal.tokens, text.separator == SEPARATOR
 
         def take() -> None:
             nonlocal written
             piece, bucket, future = pending.popleft()
-            _append(journal, tokens, index, piece, bucket, future.result(), end)
+            _append(journal, tokens, index, piece, bucket, future.result(), tokenizer.separator)
             bar.update(journal.bytes - bar.n)
             if journal.tokens - written >= JOURNAL_EVERY:
                 _write_journal(part, journal, tokens, index)
                 written = journal.tokens
 
-        for piece in read_pieces(data, separator, journal.file, journal.offset):
+        for piece in read_pieces(root_of(data), read_list(part / FILES), text, journal.file, journal.offset):
+            if not told and SEPARATOR in piece.text:
+                told = True
+                if progress:
+                    tqdm.write(f"{SEPARATOR} is in the text, and read as text; --separator '{SEPARATOR}' cuts there")
             pending.append((piece._replace(text=""), _bucket(piece.text), pool.submit(_encode, piece.text)))
             if len(pending) >= 2 * workers:  # or the reader would run ahead and hold the corpus
                 take()
@@ -202,7 +263,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
 
 
 def _encode(text: str) -> NDArray[Any]:
-    return _worker.tokenizer.encode_document(text).astype(_TOKEN)
+    return _worker.tokenizer.encode_document(text).astype(TOKEN)
 
 
 def _bucket(text: str) -> int:
@@ -215,18 +276,18 @@ def _append(
     """Add a piece to the files and to the journal. A document has the bucket of its first piece, and is followed by the
     token `end`; an empty one is left out."""
     journal.bytes += piece.offset - (journal.offset if piece.file == journal.file else 0)
-    journal.file, journal.offset, journal.seen = piece.file, piece.offset, piece.seen
+    journal.file, journal.offset = piece.file, piece.offset
     if not len(ids) and not journal.open_tokens:
         return
     if not journal.open_tokens:
         journal.open_bucket = bucket
     if piece.ends:
-        ids = np.append(ids, _TOKEN.type(end))
+        ids = np.append(ids, TOKEN.type(end))
     tokens.write(ids.tobytes())
     journal.tokens += len(ids)
     journal.open_tokens += len(ids)
     if piece.ends:
-        index.write(np.array([(journal.open_bucket, journal.open_tokens)], dtype=_DOCUMENT).tobytes())
+        index.write(np.array([(journal.open_bucket, journal.open_tokens)], dtype=DOCUMENT).tobytes())
         journal.documents += 1
         journal.open_tokens = 0
 
@@ -258,60 +319,3 @@ def _opened_at(path: Path, size: int) -> BinaryIO:
         raise DataError(f"{path}: {file.tell()} bytes, the journal says {size}; delete {path.parent} to start over")
     file.truncate(size)
     return file
-
-
-def _split(part: Path, out: Path, fraction: float) -> dict[str, int]:
-    """Write train.bin and val.bin from the files of `tokenise`; return the tokens in each."""
-    lengths = sum(int(block["tokens"].sum()) for block in _documents(part))
-    wanted = int(lengths * fraction)
-    limit, longest, n_documents = _choose(part, wanted)
-    tokens = np.memmap(part / "tokens.bin", dtype=_TOKEN, mode="r")
-    end = len(tokens) - (wanted if n_documents == 1 else 0)  # a single document gives validation its last tokens
-
-    def write(path: Path, validation: bool) -> int:
-        position = 0
-        with atomic_write(path) as temporary:
-            with temporary.open("wb") as file:  # closed before it is renamed
-                for block in _documents(part):
-                    for bucket, length in block.tolist():
-                        chosen = bucket < limit if length <= wanted else length < longest
-                        if chosen == validation:
-                            file.write(tokens[position : min(position + length, end)].data)
-                        position += length
-                if validation:
-                    file.write(tokens[end:].data)
-            return temporary.stat().st_size // _TOKEN.itemsize
-
-    return {"train_tokens": write(out / TRAIN, False), "validation_tokens": write(out / VALIDATION, True)}
-
-
-def _choose(part: Path, wanted: int) -> tuple[int, int, int]:
-    """Which documents give validation its tokens: of those that have at most `wanted`, all in a bucket below the first
-    number returned; of the longer ones, all shorter than the second. The third is the number of documents.
-
-    Counting by buckets takes the documents in the order of a digest of their text in memory of a fixed size; of the
-    longer ones there are at most 1 / validation_fraction.
-    """
-    weight, longer, n_documents = np.zeros(BUCKETS, dtype=np.int64), np.empty(0, dtype=np.int64), 0
-    for block in _documents(part):
-        lengths = block["tokens"].astype(np.int64)
-        short = lengths <= wanted
-        np.add.at(weight, block["bucket"][short], lengths[short])
-        if wanted:
-            longer = np.append(longer, lengths[~short])
-        n_documents += len(block)
-    buckets, long_lengths = np.flatnonzero(weight), np.unique(longer)
-    # In the order in which they are taken; the last stays in training, which would have nothing otherwise.
-    groups = [int(weight[bucket]) for bucket in buckets] + [int(longer[longer == n].sum()) for n in long_lengths]
-    taken = np.concatenate([[0], np.cumsum(groups[:-1], dtype=np.int64)])
-    n = min(int(np.searchsorted(taken, wanted)), len(taken) - 1)
-    limit = int(buckets[n]) if n < len(buckets) else BUCKETS
-    longest = int(long_lengths[n - len(buckets)]) if n > len(buckets) else 0
-    return limit, longest, n_documents
-
-
-def _documents(part: Path) -> Any:
-    """The records of documents.bin, in blocks."""
-    with (part / "documents.bin").open("rb") as file:
-        while block := file.read(BUCKETS * _DOCUMENT.itemsize):
-            yield np.frombuffer(block, dtype=_DOCUMENT)

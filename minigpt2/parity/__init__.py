@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt2.data.batches import open_tokens
-from minigpt2.data.documents import DataError, read_pieces
+from minigpt2.data.documents import DataError
+from minigpt2.data.sources import pieces_under
 from minigpt2.extras import import_extra
 from minigpt2.generate import NonFiniteError, nonfinite
 from minigpt2.model import GPT2
@@ -338,7 +339,7 @@ def _text(data: str | Path | None, length: int) -> Tensor:
     if data is not None and Path(data).suffix == ".bin":
         tokens = open_tokens(data)[:n].tolist()
     else:
-        for piece in read_pieces(data):
+        for piece in pieces_under(data):
             tokens += get_tokenizer().encode_ordinary(piece.text) + [END_OF_TEXT] * piece.ends
             if len(tokens) >= n:
                 break
