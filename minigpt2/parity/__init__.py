@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from minigpt2.data.batches import open_tokens
 from minigpt2.data.documents import DataError, read_pieces
+from minigpt2.data.prepare import check_tokenizer
 from minigpt2.extras import import_extra
 from minigpt2.generate import NonFiniteError, nonfinite
 from minigpt2.model import GPT2
@@ -34,7 +35,8 @@ from minigpt2.ops.attention import resolve_backend
 from minigpt2.parity.exact import Call, Exact, answer, gradients, in_float64, recorded, run
 from minigpt2.parity.report import FLOAT64_BOUND, TIMES, Parity, Row, compare_tensors
 from minigpt2.recompute import RECOMPUTE
-from minigpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from minigpt2.tokenizer import Tokenizer, get_tokenizer
+from minigpt2.tokenizer_files import find_tokenizer
 from minigpt2.weights import find_folder
 
 __all__ = ["Parity", "Row", "compare", "parity"]
@@ -69,7 +71,8 @@ def parity(
         resolve_backend(attention, "cpu", own_dtype, config.head_dim)
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    ids = _text(data, min(length, config.n_positions))
+    own = find_tokenizer(folder, config.vocab_size)
+    ids = _text(data, own or get_tokenizer(), min(length, config.n_positions))
     theirs = transformers.GPT2LMHeadModel.from_pretrained(
         folder,
         dtype=own_dtype,
@@ -80,9 +83,9 @@ def parity(
     ).eval()
     say(f"{name_or_path} in {dtype}: minigpt2, attention {attention}; transformers {transformers.__version__}, eager")
     source = data or "the Python standard library's own sources"
-    modulo = f", ids modulo the vocabulary of {config.vocab_size}" if config.vocab_size <= END_OF_TEXT else ""
+    modulo = "" if own else f", ids modulo the vocabulary of {config.vocab_size}, as the folder has no tokenizer"
     say(f"text: {len(ids)} x {ids.size(1)} tokens of {source}{modulo}")
-    found = compare(ours, theirs, ids % config.vocab_size, decode=None if modulo else _decode, say=say)
+    found = compare(ours, theirs, ids % config.vocab_size, decode=own.decode if own else None, say=say)
     found.numbers |= {"model": str(name_or_path), "dtype": dtype, "attention": attention, "text": str(source)}
     return found
 
@@ -330,23 +333,21 @@ def _unequal_parameters(ours: GPT2, theirs: Any) -> list[str]:
     return [name for name in others | mine if name not in both or not torch.equal(mine[name], others[name])]
 
 
-def _text(data: str | Path | None, length: int) -> Tensor:
+def _text(data: str | Path | None, tokenizer: Tokenizer, length: int) -> Tensor:
     """The first token ids of a text, (SEQUENCES, length), or less if there are fewer."""
     n, tokens = SEQUENCES * length, list[int]()
     if length < 2:
         raise ValueError(f"2 tokens are the least that have a loss; got a length of {length}")
     if data is not None and Path(data).suffix == ".bin":
+        check_tokenizer(Path(data).parent, tokenizer)
         tokens = open_tokens(data)[:n].tolist()
     else:
         for piece in read_pieces(data):
-            tokens += get_tokenizer().encode_ordinary(piece.text) + [END_OF_TEXT] * piece.ends
+            tokens += tokenizer.encode_document(piece.text).tolist()
+            tokens += [tokenizer.separator] if piece.ends else []
             if len(tokens) >= n:
                 break
     length = min(length, len(tokens) // SEQUENCES)
     if length < 2:
         raise DataError(f"{data}: {len(tokens)} tokens are too few; {2 * SEQUENCES} are the least")
     return torch.tensor(tokens[: SEQUENCES * length]).view(SEQUENCES, length)
-
-
-def _decode(ids: list[int]) -> str:
-    return get_tokenizer().decode([i for i in ids if i <= END_OF_TEXT])  # a padded vocabulary has more

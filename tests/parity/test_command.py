@@ -12,14 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hugging_face import random_hf
+from other_tokenizers import TEXT, train_pair
 from torch import Tensor, nn
 
 from minigpt2 import GPT2
 from minigpt2 import __main__ as cli
+from minigpt2.tokenizer_files import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-from minigpt2.parity import Parity, compare  # noqa: E402 (nothing of it without transformers)
+from minigpt2.parity import Parity, _text, compare  # noqa: E402 (nothing of it without transformers)
 
 IDS = torch.randint(503, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -275,6 +277,16 @@ def test_json(hf_tiny: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert abs(found["loss"]["minigpt2"] - found["loss"]["transformers"]) < 1e-5
     assert found["greedy"] == {"tokens": 32, "equal": 32}
     assert found["dial"] == {"notches": 12, "differing": []}
+
+
+def test_a_folder_with_a_tokenizer_of_its_own(tmp_path: Path, monkeypatch, capsys) -> None:
+    own = train_pair(tmp_path)
+    random_hf(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=320)).save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert command(monkeypatch, tmp_path, "--data", tmp_path / "text.txt", "--length", 32) == 0
+    assert "32 tokens of " in capsys.readouterr().out
+    ids = _text(tmp_path / "text.txt", load_tokenizer(tmp_path, 320), 32)
+    assert ids.flatten().tolist() == own.encode(TEXT).ids[:64]
 
 
 def test_mistakes(hf_tiny: Path, tmp_path: Path, monkeypatch, capsys) -> None:
