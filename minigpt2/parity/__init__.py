@@ -7,7 +7,8 @@ digit (eps of the dtype) more, since transformers may be exact by chance. Errors
 the vector at the same position of the text, and the worst position counts; those of losses and gradients to the norm of
 the whole. Nothing finer measures float64 itself: there the bound is 1e-12, 4500 of its last digits, which is as much as
 an error of 5e-4 would be in float32, and far less than a fault makes. The coarser the dtype, the larger a fault must be
-to show.
+to show; and where rounding takes transformers further off than 1/4 (`LOST`), as it may take the gradients of an
+ill-conditioned model in half precision, there is nothing to compare with, and the bound is infinite.
 
 A fault is found by giving each module the same input, what float64 has there. If it answers differently, or has other
 weights, it is at fault. If the modules of a block agree and are given something else, its wiring is.
@@ -99,7 +100,8 @@ def compare(
     say: Callable[[str], None] = print,
 ) -> Parity:
     """Compare a model with transformers' GPT2LMHeadModel, both of one dtype, on the CPU and in evaluation mode, on the
-    token ids (B, T), T >= 2. `decode` makes text of ids, to be shown."""
+    token ids (B, T), T >= 2. transformers' has eager attention without reorder_and_upcast_attn. `decode` makes text of
+    ids, to be shown."""
     found = Parity(say)
     exact = _forward(found, ours, theirs, ids)
     _loss_and_gradients(found, ours, theirs, ids, exact)

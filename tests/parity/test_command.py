@@ -41,7 +41,8 @@ def silent(line: str) -> None:
 
 def compared(folder: Path, change: Callable[[GPT2], Any], dtype: torch.dtype = torch.float32) -> Parity:
     """The comparison of a folder with itself, after a change of minigpt2's model."""
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    settings: dict[str, Any] = {"attn_implementation": "eager", "reorder_and_upcast_attn": False}
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, **settings).eval()
     ours = GPT2.from_pretrained(folder, dtype=dtype)
     change(ours)
     return compare(ours, theirs, IDS, say=silent)
@@ -152,6 +153,26 @@ def test_an_epsilon_is_seen_where_the_stream_is_large(hf_tiny: Path, tmp_path: P
     model.save_pretrained(tmp_path)
     assert compared(tmp_path, lambda m: None).verdict == "PASS"
     assert compared(tmp_path, lambda m: setattr(m.h[1].ln_1, "eps", 2e-5)).faults[0].part == "h.1.ln_1"
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"activation_function": "gelu"},
+    {"activation_function": "relu"},
+    {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    {"scale_attn_weights": False},
+    {"tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_other_settings_of_the_configuration(hf_tiny: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = transformers.GPT2Config.from_pretrained(hf_tiny)
+    config.update(settings)
+    random_hf(config).save_pretrained(tmp_path)
+    assert compared(tmp_path, lambda m: None).verdict == "PASS"
+    assert compared(tmp_path, scale_attention).faults[0].part == "h.1.attn"
+    if not config.tie_word_embeddings:
+        assert compared(tmp_path, lambda m: add_to(m.lm_head.weight)).faults[0].part == "lm_head"
 
 
 def test_where_the_residual_stream_first_exceeds_its_bound(hf_tiny: Path) -> None:
