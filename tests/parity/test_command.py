@@ -12,14 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hugging_face import random_hf
+from other_tokenizers import TEXT, train_pair
 from torch import Tensor, nn
 
 from minigpt2 import GPT2
 from minigpt2 import __main__ as cli
+from minigpt2.tokenizer_files import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-from minigpt2.parity import Parity, compare  # noqa: E402 (nothing of it without transformers)
+from minigpt2.parity import Parity, _text, compare  # noqa: E402 (nothing of it without transformers)
 
 IDS = torch.randint(503, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -39,7 +41,8 @@ def silent(line: str) -> None:
 
 def compared(folder: Path, change: Callable[[GPT2], Any], dtype: torch.dtype = torch.float32) -> Parity:
     """The comparison of a folder with itself, after a change of minigpt2's model."""
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    settings: dict[str, Any] = {"attn_implementation": "eager", "reorder_and_upcast_attn": False}
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, **settings).eval()
     ours = GPT2.from_pretrained(folder, dtype=dtype)
     change(ours)
     return compare(ours, theirs, IDS, say=silent)
@@ -150,6 +153,26 @@ def test_an_epsilon_is_seen_where_the_stream_is_large(hf_tiny: Path, tmp_path: P
     model.save_pretrained(tmp_path)
     assert compared(tmp_path, lambda m: None).verdict == "PASS"
     assert compared(tmp_path, lambda m: setattr(m.h[1].ln_1, "eps", 2e-5)).faults[0].part == "h.1.ln_1"
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"activation_function": "gelu"},
+    {"activation_function": "relu"},
+    {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    {"scale_attn_weights": False},
+    {"tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_other_settings_of_the_configuration(hf_tiny: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = transformers.GPT2Config.from_pretrained(hf_tiny)
+    config.update(settings)
+    random_hf(config).save_pretrained(tmp_path)
+    assert compared(tmp_path, lambda m: None).verdict == "PASS"
+    assert compared(tmp_path, scale_attention).faults[0].part == "h.1.attn"
+    if not config.tie_word_embeddings:
+        assert compared(tmp_path, lambda m: add_to(m.lm_head.weight)).faults[0].part == "lm_head"
 
 
 def test_where_the_residual_stream_first_exceeds_its_bound(hf_tiny: Path) -> None:
@@ -275,6 +298,16 @@ def test_json(hf_tiny: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert abs(found["loss"]["minigpt2"] - found["loss"]["transformers"]) < 1e-5
     assert found["greedy"] == {"tokens": 32, "equal": 32}
     assert found["dial"] == {"notches": 12, "differing": []}
+
+
+def test_a_folder_with_a_tokenizer_of_its_own(tmp_path: Path, monkeypatch, capsys) -> None:
+    own = train_pair(tmp_path)
+    random_hf(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=320)).save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert command(monkeypatch, tmp_path, "--data", tmp_path / "text.txt", "--length", 32) == 0
+    assert "32 tokens of " in capsys.readouterr().out
+    ids = _text(tmp_path / "text.txt", load_tokenizer(tmp_path, 320), 32)
+    assert ids.flatten().tolist() == own.encode(TEXT).ids[:64]
 
 
 def test_mistakes(hf_tiny: Path, tmp_path: Path, monkeypatch, capsys) -> None:
