@@ -22,26 +22,24 @@ import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from torch import nn
-from tqdm import tqdm
 
 from minigpt2 import memory, tune_allocator
-from minigpt2.command_line import complain, one_line_warnings, parsed, replace_unprintable
+from minigpt2.command_line import complain, one_line_warnings, optional, parsed, replace_unprintable
 from minigpt2.config import GPT2Config
 from minigpt2.data.batches import Batches, Corpus, DataError, in_order, open_corpus
 from minigpt2.device import resident_bytes
-from minigpt2.extras import import_extra
 from minigpt2.files import atomic_write, removed_on_error
 from minigpt2.generate import sample_text
 from minigpt2.model import GPT2
 from minigpt2.ops.attention import resolve_backend
 from minigpt2.training import snapshot
 from minigpt2.training.guards import NonFiniteError, stop_on_signals
-from minigpt2.training.metrics import Metrics, Speedometer, plot_losses
+from minigpt2.training.metrics import Metrics, Speedometer, Steps, check_trackers, plot_losses
 from minigpt2.training.parallel import Processes, distribute, started
 from minigpt2.training.state import RunState, seed_of
 from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_loss, save_weights
@@ -50,12 +48,14 @@ from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a GPT-2 from scratch, or fine-tune one with --init."""
+    """Train a GPT-2 from scratch, or fine-tune one with --init.
+    $ minigpt2 train --data texts/ --out runs/first
+    $ minigpt2 train --data texts/ --init gpt2 --out runs/tuned"""
 
-    data: Path | None = None
+    data: Annotated[Path | None, optional("PATH")] = None
     """UTF-8 text: a file, or a folder of files; or token files from `minigpt2 prepare`. Default: the Python standard
     library's own sources."""
-    out: Path | None = None
+    out: Annotated[Path | None, optional("FOLDER")] = None
     """Run folder, which must not hold a run yet, or hold one with --resume. Default: a new folder under runs/, named by
     the time."""
     resume: bool = False
@@ -64,7 +64,7 @@ class TrainConfig:
     """Steps between snapshots; there is one before the first step and one at the end. 0: only when a signal comes."""
     keep: int = 2
     """Snapshots to keep: the newest."""
-    init: str | None = None
+    init: Annotated[str | None, optional("MODEL")] = None
     """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder. Default: a fresh model."""
     n_layer: int = 6
     """Blocks of a fresh model."""
@@ -94,9 +94,9 @@ class TrainConfig:
     """Recomputation: 0 is off; k = 1..n_layer keeps one activation every k blocks and recomputes n_layer - k."""
     recompute: str = "block"
     """What a recomputed block keeps: block, keep-attention or pointwise."""
-    memory_budget: str | None = None
+    memory_budget: Annotated[str | None, optional("AMOUNT")] = None
     """Choose the two settings above: the fastest within, say, 4GiB of memory (on CUDA, of tensors); auto: all that is
-    free to this process, its control group's limit included."""
+    free to this process, its control group's limit included. Default: the two are as they are given."""
     tune_allocator: bool = True
     """Keep and pack the memory of CPU tensors (minigpt2/ops/allocator.py), instead of leaving it to the C library."""
     attention: str = "auto"
@@ -113,12 +113,14 @@ class TrainConfig:
     """cpu, cuda, cuda:N, mps, or auto: the best there is."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What matrix products are computed in; weights, optimizer and sums stay float32. fp16 scales the loss."""
-    parallel: Literal["ddp", "fsdp"] | None = None
+    parallel: Annotated[Literal["ddp", "fsdp"] | None, optional("{ddp,fsdp}")] = None
     """What torchrun's processes share: ddp, the work; fsdp, also weights, gradients and optimizer. Default: ddp."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about a loss or gradient that is not finite: stop, with a snapshot from before, or skip the step."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, in the run folder's tb/. Needs pip install 'minigpt2[tensorboard]'."""
+    wandb: bool = False
+    """Show the metrics on Weights & Biases too, project $WANDB_PROJECT. Needs pip install 'minigpt2[wandb]'."""
 
     def check(self) -> None:
         """Raise ValueError with every setting that is out of range."""
@@ -136,10 +138,8 @@ class TrainConfig:
             problems.append("--resume needs --out, the folder of the run to continue")
         if self.memory_budget is not None and (self.checkpoint_every or self.recompute != "block"):
             problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it alone")
-        if problems:
+        if problems := problems or check_trackers(self.to_json()):
             raise ValueError("; ".join(problems))
-        if self.tensorboard:
-            import_extra("tensorboard", "torch.utils.tensorboard", "--tensorboard")
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -148,7 +148,7 @@ class TrainConfig:
 
 # Settings that may change when a run is resumed: they are about its surroundings or, like recomputation, change how its
 # numbers are computed but not the numbers. All others must stay; compile is among those, since it changes rounding.
-MAY_CHANGE = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard", "device", "parallel"}
+MAY_CHANGE = {"out", "resume", "snapshot_every", "keep", "on_nonfinite", "tensorboard", "wandb", "device", "parallel"}
 MAY_CHANGE |= {"checkpoint_every", "recompute", "memory_budget", "tune_allocator"}
 SETTINGS = "train_config.json"
 
@@ -257,8 +257,8 @@ def train(trainer: Trainer, out: Path) -> int:
         if config.snapshot_every:
             trainer.save(out / "snapshots", config.keep)
     with (
-        Metrics(out, trainer.step, tensorboard=config.tensorboard, writes=processes.main) as metrics,
-        tqdm(total=config.max_steps, initial=trainer.step, unit="step", disable=not processes.main) as bar,
+        Metrics(out, trainer.step, config.to_json(), writes=processes.main) as metrics,
+        Steps(total=config.max_steps, initial=trainer.step, disable=not processes.main) as bar,
         stop_on_signals() as stop,
     ):
         while trainer.step < config.max_steps:
@@ -282,12 +282,11 @@ def train(trainer: Trainer, out: Path) -> int:
             if due or signal or (config.snapshot_every and trainer.step == config.max_steps):
                 metrics.flush()  # a snapshot never has more steps than the metrics
                 trainer.save(out / "snapshots", config.keep)
-            text = f"loss {row['loss']:.3f}, val {trainer.val_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s, "
-            bar.set_postfix_str(text + f"peak {row['peak_memory_gib']:.2f} GiB", refresh=False)
-            bar.update()
+            bar.show(row, trainer.val_loss)
             if signal and trainer.step < config.max_steps:
                 trainer.say(f"stopped after step {trainer.step}, with a snapshot; go on with: --out {out} --resume")
                 return 128 + signal
+        bar.finish()
     return 0
 
 

@@ -1,12 +1,11 @@
-"""The command line: `minigpt2 VERB`, where each verb calls one function.
+"""The command line: `minigpt2 VERB`, where each verb calls one function, whose docstring is its help.
 
 What a verb needs is imported when it is called, so that the others start fast.
 """
 
 from __future__ import annotations
 
-import codecs
-import os
+import inspect
 import platform
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minigpt2 import __version__
-from minigpt2.command_line import deferred, one_line_warnings, parsed, replace_unprintable
+from minigpt2.command_line import deferred, one_line_warnings, optional, parsed, reader_left, replace_unprintable
 
 if TYPE_CHECKING:
     import torch
@@ -28,79 +27,81 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+DESCRIPTION = "Train GPT-2, fine-tune it, and use it. `minigpt2 VERB --help` lists the options of a verb."
+
 
 def generate(
     model: str,
-    prompt: str,
+    prompt: Annotated[str | None, optional("TEXT")] = None,
+    file: Annotated[Path | None, optional("FILE")] = None,
+    num: int = 1,
     max_new_tokens: int = 100,
     temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    top_k: Annotated[int | None, optional("INT")] = None,
+    top_p: Annotated[float | None, optional("FLOAT")] = None,
+    seed: Annotated[int | None, optional("INT")] = None,
     attention: str = "auto",
     device: str = "auto",
 ) -> None:
-    """Continue a prompt, printing the text as it comes.
+    """Continue a text, and print it as it comes.
+    $ minigpt2 generate --model gpt2 --prompt "Once upon a time"
 
     Args:
-        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
-        prompt: The text to continue.
-        max_new_tokens: The most tokens to add; generation ends earlier at <|endoftext|> and at the context length.
-        temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Sample from the k likeliest tokens only.
-        top_p: Sample from the smallest set of tokens that has this probability.
-        seed: Makes the sampling repeatable.
-        attention: Attention backend.
-        device: cpu, cuda, cuda:N, mps, or auto: the best there is.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
+        prompt: The text to continue; '' begins a new one. Default: what comes from standard input; on a terminal you
+            type texts for the model to continue, until Ctrl-D.
+        file: Continue the text of this file instead, without the newline at its end; - is standard input.
+        num: How many samples to make.
+        max_new_tokens: The most tokens to add. A sample ends earlier where the model ends its text, with <|endoftext|>,
+            or reaches the end of its context.
+        temperature: Lower is more predictable, higher more varied; 0 always takes the likeliest token.
+        top_k: Choose each token from the k likeliest only. Default: from all.
+        top_p: Choose each token from the likeliest that together have this probability. Default: 1, all.
+        seed: A number that makes the samples repeatable. Default: others every time.
+        attention: What computes attention: auto, eager, sdpa or fused (`minigpt2 info` says which auto is).
+        device: cpu, cuda, cuda:N, mps, or auto, the best there is.
     """
-    import torch
-
-    from minigpt2.generate import stream
-
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"--seed must be from 0 to 2**64 - 1, got {seed}")
+    if num < 1:
+        raise ValueError(f"--num must be >= 1, got {num}")
+    import torch
+
+    from minigpt2.console import converse, print_samples, read_prompt
+
+    text = read_prompt(prompt, file)
+    if text is None and num > 1:
+        raise ValueError(f"--num {num} needs a text to continue: give --prompt or --file")
     network, tokenizer, place = _load(model, attention, device)
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=place)
     generator = None if seed is None else torch.Generator(place).manual_seed(seed)
-    tokens = stream(
-        network,
-        ids,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_token_id=tokenizer.end_of_text,
-        generator=generator,
-    )
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
-    unprinted = prompt  # until there is a token: an error stands on a line of its own
-    for token in tokens:
-        if token.item() == tokenizer.end_of_text:
-            continue
-        print(unprinted + decoder.decode(tokenizer.token_bytes(int(token))), end="", flush=True)
-        unprinted = ""
-    print(unprinted + decoder.decode(b"", final=True))
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    if text is None:
+        converse(network, tokenizer, max_new_tokens, **sampling)
+    else:
+        print_samples(network, tokenizer, text, num, max_new_tokens, **sampling)
 
 
 def evaluate(
     model: str,
     data: str,
-    stride: int | None = None,
-    length: int | None = None,
+    stride: Annotated[int | None, optional("INT")] = None,
+    length: Annotated[int | None, optional("INT")] = None,
     batch: int = 8,
     attention: str = "auto",
     device: str = "auto",
 ) -> None:
-    """Score a text of any length: loss, perplexity, bits per byte and number of tokens.
+    """Measure how well a model predicts a text: loss, perplexity and bits per byte.
+    $ minigpt2 eval --model gpt2 --data book.txt
 
     Args:
-        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin), such as val.bin of `minigpt2 prepare`.
-        stride: Tokens from one window to the next, 1 to length: less is slower and gives more context. Default: half.
-        length: Tokens of context, at most. Default: the model's context length.
+        stride: The text is read in windows; this many tokens lie from one to the next. Fewer are slower, and give the
+            model more context. Default: half the length.
+        length: Tokens in a window. Default: the model's context length.
         batch: Windows at a time.
-        attention: Attention backend.
-        device: cpu, cuda, cuda:N, mps, or auto: the best there is.
+        attention: What computes attention: auto, eager, sdpa or fused (`minigpt2 info` says which auto is).
+        device: cpu, cuda, cuda:N, mps, or auto, the best there is.
     """
     from minigpt2.evaluate import evaluate, tokens_of
 
@@ -135,18 +136,19 @@ def prepare(
     data: str,
     out: str,
     validation_fraction: float = 0.05,
-    separator: str | None = None,
-    workers: int | None = None,
-    tokenizer: Path | None = None,
+    separator: Annotated[str | None, optional("TEXT")] = None,
+    workers: Annotated[int | None, optional("INT")] = None,
+    tokenizer: Annotated[Path | None, optional("FOLDER")] = None,
 ) -> None:
-    """Tokenise text into a folder that train.py --data takes: train.bin and val.bin. Run it again to continue.
+    """Turn text into tokens once, for many runs: train --data takes the folder.
+    $ minigpt2 prepare --data texts/ --out tokens/
 
     Args:
         data: UTF-8 text: a file, or a folder of files, each of them a document.
-        out: The folder to write.
-        validation_fraction: What part of the tokens goes to val.bin, in whole documents.
-        separator: Text between the documents of one file, such as '<|endoftext|>'.
-        workers: Processes. Default: one a CPU.
+        out: The folder to write: train.bin and val.bin. Stopped in the middle, the same command goes on.
+        validation_fraction: What part of the tokens is kept for validation, in whole documents.
+        separator: Text between the documents of one file, such as '<|endoftext|>'. Default: a file is one document.
+        workers: Processes to work with. Default: one for each CPU.
         tokenizer: A folder with the tokenizer of the model to train. Default: OpenAI's.
     """
     from minigpt2.data.prepare import prepare
@@ -163,7 +165,8 @@ def prepare(
 
 
 def download(name: Annotated[str, tyro.conf.Positional]) -> None:
-    """Fetch official weights into weights/NAME and check them.
+    """Fetch OpenAI's weights into weights/NAME and check them.
+    $ minigpt2 download gpt2
 
     Args:
         name: gpt2, gpt2-medium, gpt2-large or gpt2-xl.
@@ -177,22 +180,23 @@ def plan(
     model: str = "gpt2",
     batch: int = 4,
     length: int = 1024,
-    budget: str | None = None,
+    budget: Annotated[str | None, optional("AMOUNT")] = None,
     optimizer: str = "adamw",
     device: Literal["cpu", "cuda"] = "cpu",
-    plot: Path | None = None,
+    plot: Annotated[Path | None, optional("FILE")] = None,
 ) -> None:
-    """Print what a float32 training step needs at every notch of the dials, least memory first.
+    """Say how much memory training needs at each setting of --checkpoint-every and --recompute.
+    $ minigpt2 plan --model gpt2 --batch 4 --budget 4GiB
 
     Args:
-        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with a config.json.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json.
         batch: Sequences in a batch.
         length: Tokens in a sequence.
-        budget: Memory of the whole process (on a CUDA device, of its tensors), such as 4GiB; auto: what is free on this
-            machine. The fastest notch that fits it is marked.
+        budget: Mark the fastest setting that fits this much memory, such as 4GiB or 900MiB; auto is all that is free
+            here. It counts the whole process, on a CUDA device only its tensors. Default: none is marked.
         optimizer: adamw, sgd-momentum or sgd.
-        device: Where the step would run; the device need not be here.
-        plot: Also draw the frontier into this file, such as frontier.png.
+        device: Where the training would run; the device need not be here.
+        plot: Also draw extra work over memory into this file, such as plan.png. Default: no picture.
     """
     import torch  # noqa: F401 (a part of what the process holds before the model)
 
@@ -218,7 +222,9 @@ def plan(
 
 
 def bench() -> None:
-    """Measure this machine: minigpt2 bench attention | generate | loss | memory | step."""
+    """Measure this machine: bench attention, generate, loss, memory or step.
+    $ minigpt2 bench step --model small
+    """
     from minigpt2.bench.attention import bench_attention
     from minigpt2.bench.generate import bench_generate
     from minigpt2.bench.loss import bench_loss
@@ -232,11 +238,14 @@ def bench() -> None:
         "memory": bench_memory,
         "step": bench_step,
     }
-    _run(benchmarks, "minigpt2 bench", sys.argv[2:])
+    _run(benchmarks, "minigpt2 bench", sys.argv[2:], inspect.getdoc(bench))
 
 
 def train() -> int:
-    """Train a model, or fine-tune one. This is train.py."""
+    """Train a model on your text, or fine-tune one.
+    $ minigpt2 train --data texts/ --out runs/first
+    $ minigpt2 train --data texts/ --init gpt2 --out runs/tuned
+    """
     here = Path(__file__).parent
     # A wheel has train.py in the package; in a checkout it lies beside it, for people to read.
     path = next(path for path in (here / "_train.py", here.parent / "train.py") if path.exists())
@@ -250,7 +259,9 @@ def train() -> int:
 
 
 def info() -> None:
-    """Print versions, device, and which attention backend is used and why."""
+    """Print versions, the device, and which attention backend is used here and why.
+    $ minigpt2 info
+    """
     from importlib.metadata import version
 
     import torch
@@ -285,10 +296,9 @@ def main() -> int:
             if sys.argv[1:2] == ["bench"]:  # it has verbs of its own
                 bench()
             else:
-                _run(verbs, "minigpt2", sys.argv[1:], __doc__)
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
-        return 141
+                _run(verbs, "minigpt2", sys.argv[1:], DESCRIPTION)
+    except BrokenPipeError:
+        return reader_left()
     except (ValueError, OSError) as error:
         print(f"minigpt2: {error}", file=sys.stderr)
         return 2

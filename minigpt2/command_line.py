@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["complain", "deferred", "one_line_warnings", "parsed", "replace_unprintable"]
+import tyro
+
+__all__ = ["complain", "deferred", "one_line_warnings", "optional", "parsed", "reader_left", "replace_unprintable"]
 
 T = TypeVar("T")
+
+
+def optional(metavar: str) -> object:
+    """For `Annotated`: an option that may be left out, whose help says itself what then holds."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 def parsed(parse: Callable[[], T]) -> T:
@@ -27,12 +37,16 @@ def parsed(parse: Callable[[], T]) -> T:
         if end.code != 2:
             raise
         raise ValueError(_one_line(said.getvalue())) from None
+    except BrokenPipeError:  # of the help
+        raise SystemExit(reader_left()) from None
     sys.stderr.write(said.getvalue())
     return result
 
 
 def deferred(function: Callable[..., T]) -> Callable[..., Callable[[], T]]:
     """The function for tyro to parse and not yet to run: with its signature and docstring, it returns the call."""
+    # tyro keeps a line break before an indented line, as if it were an example.
+    function.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Callable[[], T]:
@@ -61,6 +75,12 @@ def replace_unprintable() -> None:
     """Have standard output show ? for each character that its encoding lacks, where it would raise an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def reader_left() -> int:
+    """Close standard output, whose reader, such as `head`, has what it wanted; return the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail to flush
+    return 141
 
 
 def complain(error: Exception, status: int) -> int:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from minigpt2.data.batches import DataError, Tokens, open_tokens
 from minigpt2.data.prepare import check_tokenizer, tokenise
 from minigpt2.generate import NonFiniteError, evaluation_mode, nonfinite
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.model import GPT2
+from minigpt2.progress import Progress
 from minigpt2.tokenizer import Tokenizer, get_tokenizer
 
 __all__ = ["Evaluation", "evaluate", "tokens_of"]
@@ -97,7 +97,7 @@ def evaluate(
     nats, n_bytes = 0.0, 0
     with (
         evaluation_mode(model),
-        tqdm(total=len(tokens), unit="token", unit_scale=True, desc="evaluating", disable=not progress) as bar,
+        Progress(total=len(tokens), unit=" tokens", unit_scale=True, desc="evaluating", disable=not progress) as bar,
     ):
         for group in _alike(windows(len(tokens), length, stride), batch):
             losses = _losses(model, tokens, group, separator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import numbers
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ __all__ = [
     "nonfinite",
     "sample_text",
     "stream",
+    "stream_text",
 ]
 
 
@@ -279,6 +281,28 @@ def nonfinite(model: nn.Module) -> str | None:
 
 def _finite(tensor: Tensor) -> bool:
     return all(bound.isfinite() for bound in torch.aminmax(tensor))  # a NaN would be both of the bounds
+
+
+def stream_text(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    generator: torch.Generator | None = None,
+    **sampling: Any,
+) -> Iterator[str]:
+    """Continue the token ids and yield the text piece by piece, as `stream` makes it, up to the end of text, which is
+    none. `ids` grows by what is drawn. An id that the tokenizer lacks, or bytes that are no UTF-8, become the
+    replacement character."""
+    end = tokenizer.end_of_text
+    settings = {"eos_token_id": end, "generator": generator, **sampling}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+    for token in stream(model, torch.tensor([ids], device=model.wte.weight.device), max_new_tokens, **settings):
+        ids.append(int(token))
+        if ids[-1] != end:
+            yield decoder.decode(tokenizer.token_bytes(ids[-1]))
+    yield decoder.decode(b"", final=True)
 
 
 def sample_text(model: GPT2, tokenizer: Tokenizer, n: int, seed: int) -> str:

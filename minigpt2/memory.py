@@ -34,6 +34,7 @@ from minigpt2.ops.products import BLOCK, onednn_serves
 from minigpt2.recompute import RECOMPUTE, check_checkpoint_every, check_recompute, segments
 
 __all__ = [
+    "Amount",
     "Footprint",
     "fastest_that_fits",
     "footprint",
@@ -246,14 +247,27 @@ def fastest_that_fits(found: list[Footprint], budget: int, baseline: int = 0) ->
     return min(fitting, key=lambda f: (f.extra_flops, f.peak))
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes meant by a text such as "4GiB", "512 MiB", "3.5e9" or "2GB"."""
+class Amount(int):
+    """Bytes that somebody asked for, which `format_bytes` writes as they were given."""
+
+    given: str
+
+
+def parse_bytes(text: str) -> Amount:
+    """Bytes meant by a text such as "4GiB", "512 MiB" or "2GB"; a number without a unit counts bytes, and is refused
+    below 1 MiB, where the unit was forgotten."""
     units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
     units |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
     if not match or match[2] not in units or not 0 < float(match[1]) < 1e30:
         raise ValueError(f"expected an amount of memory such as 4GiB or 512MiB, got {text!r}")
-    return int(float(match[1]) * units[match[2]])
+    amount = Amount(float(match[1]) * units[match[2]])
+    if not match[2] and amount < 2**20:
+        raise ValueError(
+            f"{text.strip()} of which unit? Give an amount of memory such as {match[1]}GiB or {match[1]}MiB"
+        )
+    amount.given = text.strip()
+    return amount
 
 
 def parse_budget(text: str, device: str) -> int:
@@ -274,7 +288,9 @@ def parse_budget(text: str, device: str) -> int:
 
 
 def format_bytes(n: int) -> str:
-    """Bytes in GiB, or MiB below one."""
+    """Bytes in GiB, or MiB below one; an Amount as it was given."""
+    if isinstance(n, Amount):
+        return n.given
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
 
 

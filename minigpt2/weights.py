@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from minigpt2.config import ConfigError, GPT2Config
 from minigpt2.files import atomic_write, flush, sha256_of
 from minigpt2.model import GPT2
+from minigpt2.progress import of_downloads
 from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["OFFICIAL", "WeightsError", "download", "from_pretrained", "resize_vocabulary", "save_pretrained"]
@@ -334,7 +335,8 @@ def _fetch(name: str, folder: Path | None = None) -> Path:
     official = OFFICIAL[name]
     try:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            path = Path(hf_hub_download(official.repository, file, revision=official.revision, local_dir=folder))
+            where: dict[str, Any] = {"revision": official.revision, "local_dir": folder}
+            path = Path(hf_hub_download(official.repository, file, **where | of_downloads(hf_hub_download)))
     except Exception as error:  # the hub's own, its HTTP client's and the system's: all of them mean "not fetched"
         raise WeightsError(
             f"{name}: could not be fetched from {official.repository} at {official.revision[:8]}: "

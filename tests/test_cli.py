@@ -2,13 +2,16 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
+import tyro
 
 import minigpt2
+import train
 from minigpt2 import __main__ as cli
 from minigpt2.generate import generate
 from minigpt2.ops import kernel
@@ -87,7 +90,7 @@ def test_the_seed_decides_the_text(monkeypatch, capsys, hf_tiny):
 
 
 def test_the_context_limit_ends_with_a_message_and_success(hf_tiny):
-    result = command("generate", "--model", hf_tiny, "--prompt", PROMPT)
+    result = command("generate", "--model", hf_tiny, "--prompt", PROMPT, "--temperature", 0)
     assert result.returncode == 0
     assert result.stdout.decode().startswith(PROMPT)
     assert result.stderr == b"minigpt2: stopped at the context length of 64 tokens, after 62 of 100\n"
@@ -120,7 +123,8 @@ GENERATE = {"--model": "HF_TINY", "--prompt": PROMPT}
         ({"--model": "gpt3"}, "'gpt3' is neither an official name (gpt2, "),
         ({"--model": os.devnull}, "neither an official name"),
         ({"--model": os.curdir}, "config.json: no such file"),
-        ({"--prompt": ""}, "the prompt is empty"),
+        ({"--file": os.devnull}, "--prompt and --file are both given"),
+        ({"--num": "0"}, "--num must be >= 1, got 0"),
         ({"--prompt": "a" + " b" * 64}, "65 tokens exceed the context length n_positions=64"),
         ({"--temperature": "-1"}, "temperature must be"),
         ({"--temperature": "nan"}, "temperature must be"),
@@ -259,6 +263,61 @@ def test_help(monkeypatch, capsys, arguments, mentioned):
     status, out, _ = in_process(monkeypatch, capsys, *arguments)
     assert status in (0, None)
     assert [word for word in mentioned if word not in out] == []
+
+
+VERBS = ["train", "generate", "eval", "prepare", "plan", "bench", "download", "info"]
+
+
+def test_the_help_has_an_example_of_each_verb(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = in_process(monkeypatch, capsys, "--help")[1].splitlines()
+    examples = [line.strip("│ ").removeprefix("$ minigpt2 ").split()[0] for line in lines if "$ minigpt2 " in line]
+    assert sorted(set(examples)) == sorted(VERBS)
+    assert "docstring" not in "".join(lines)
+
+
+BENCHMARKS = ["attention", "generate", "loss", "memory", "step"]
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *(f"bench {name}" for name in BENCHMARKS)])
+def test_help_shows_an_example_and_each_default_once(monkeypatch, capsys, verb):
+    monkeypatch.setenv("COLUMNS", "500")
+    out = in_process(monkeypatch, capsys, *verb.split(), "--help")[1]
+    examples = [line.strip()[2:] for line in out.splitlines() if line.startswith("$ ")]
+    assert examples
+    monkeypatch.setattr(cli, "parsed", lambda parse: (parse(), lambda: None)[1])  # parses, and then does nothing
+    monkeypatch.setattr(train, "main", lambda: tyro.cli(train.TrainConfig, args=sys.argv[1:]) is None)
+    monkeypatch.setitem(sys.modules, "minigpt2._train", train)
+    monkeypatch.setattr(cli, "module_from_spec", lambda spec: train)
+    monkeypatch.setattr(cli.SourceFileLoader, "exec_module", lambda loader, module: None)
+    for example in examples:
+        monkeypatch.setattr(sys, "argv", shlex.split(example))
+        assert example.startswith(f"minigpt2 {verb}")
+        assert cli.main() == 0
+    described = [line for line in out.splitlines() if line.startswith("│")]
+    assert [line for line in described if line.lower().count("default") > 1] == []
+    assert "None" not in out
+
+
+def test_a_reader_of_the_help_may_leave_early():
+    for words in (["train", "--help"], ["generate", "--help"]):
+        with subprocess.Popen(
+            [sys.executable, "-m", "minigpt2", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            process.stdout.close()
+            assert process.stderr.read() == b""
+        assert process.returncode == 141
+
+
+def test_a_budget_needs_a_unit_and_is_repeated_as_it_was_given(monkeypatch, capsys):
+    status, out, err = in_process(monkeypatch, capsys, "plan", "--budget", "4")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "4 of which unit?" in err
+    assert "4GiB" in err
+    assert "; the budget is 7.5GB\n" in in_process(monkeypatch, capsys, "plan", "--budget", "7.5GB")[1]
+    status, _, err = in_process(monkeypatch, capsys, "plan", "--budget", "1 KiB")
+    assert status == 2
+    assert err.startswith("minigpt2: nothing fits 1 KiB: the least is ")
 
 
 def test_info_prints_versions_device_and_what_computes_attention_and_products_and_why():

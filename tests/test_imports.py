@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom to the top: a module imports from the layers below its own and from its own folder.
 LAYERS = [
     {"torch_private"},
-    {"config", "command_line", "device", "extras", "files", "machine"},
+    {"config", "command_line", "device", "extras", "files", "machine", "progress"},
     {"ops", "tokenizer"},
     {"recompute", "loss", "inputs", "tokenizer_files"},
     {"data", "model"},
     {"weights", "generate", "memory"},
-    {"evaluate"},
+    {"evaluate", "console"},
     {"training"},
     {"bench"},
     {"__main__", "train"},

@@ -55,11 +55,11 @@ def bench_generate(
     compare: bool = True,
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
 ) -> list[Generation]:
-    """Measure greedy generation (float32): tokens a second, the ratio to transformers, and the share of the
-    memory-bandwidth limit.
+    """Measure generation: tokens a second, beside transformers and the limit of memory bandwidth.
+    $ minigpt2 bench generate --batches 1 8 --tokens 128
 
     The limit is the time of reading every weight once a token, at the rate that summing a large tensor reaches in the
-    same run. The token embedding counts once, as the head, and the position embedding not at all.
+    same run. All in float32, greedy.
 
     Args:
         model: An official name, for the shape; the weights are random.

@@ -13,6 +13,7 @@ import tyro
 
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
+from minigpt2.command_line import optional
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.extras import import_extra
 from minigpt2.memory import footprint
@@ -64,32 +65,34 @@ def bench_memory(
     batch: int = 4,
     length: int = 1024,
     dropout: float = 0.1,
-    every: tuple[int, ...] | None = None,
+    every: Annotated[tuple[int, ...] | None, optional("INT [INT ...]")] = None,
     recompute: tuple[str, ...] = ("pointwise", "keep-attention", "block"),
     steps: int = 3,
     rounds: int = 1,
     compare: bool = True,
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
-    out: Path | None = None,
+    out: Annotated[Path | None, optional("OUT")] = None,
 ) -> list[tuple[Setting, Result]]:
-    """Measure memory and time of training (float32, AdamW) at every notch of the dials, each in its own process.
+    """Measure memory and time of training at every setting of recomputation.
+    $ minigpt2 bench memory --batch 1 --length 256 --every 3
 
-    minigpt2 runs as train.py does, with tune_allocator(); transformers as installed, with its sdpa attention.
-    Prints peak resident memory in GiB, the prediction's error, and the time of a step over that without recomputation
-    (the median over all steps but each process's warm-up, and its range).
+    For each, in a process of its own: peak memory in GiB, how far off `minigpt2 plan` was, and the time of a step over
+    that without recomputation (the median and its range). float32, AdamW; minigpt2 runs as in `minigpt2 train`,
+    transformers as installed, with its sdpa attention.
 
     Args:
         model: An official name.
         batch: Sequences in a batch.
         length: Tokens in a sequence.
         dropout: All three dropouts.
-        every: Values of checkpoint_every to measure; all of them by default.
-        recompute: Values of recompute to measure.
+        every: Values of --checkpoint-every to measure. Default: all.
+        recompute: Values of --recompute to measure.
         steps: Steps in a process, of which the first two, or of three the first, are warm-up.
         rounds: How often everything is measured, in turn.
         compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
         config: Fields of GPT2Config: another shape than the official one.
-        out: Write OUT.csv and OUT.png too. The picture has the least times, since noise only adds to them.
+        out: Write OUT.csv and OUT.png too; the picture has the least times, since noise only adds to them. Default: no
+            files.
     """
     if model not in OFFICIAL_SIZES:
         raise ValueError(f"model must be one of {', '.join(OFFICIAL_SIZES)}, got {model!r}")

@@ -14,6 +14,7 @@ import tyro
 
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
+from minigpt2.command_line import optional
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.loss import chunk_shape
 from minigpt2.ops.allocator import tune_allocator
@@ -34,31 +35,31 @@ def bench_step(
     recompute: str = "block",
     steps: int = 7,
     rounds: int = 1,
-    compare: Literal["hf", "hf-tuned"] | None = None,
+    compare: Annotated[Literal["hf", "hf-tuned"] | None, optional("{hf,hf-tuned}")] = None,
     compile: bool = False,
     profile: bool = False,
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
 ) -> dict[str, list[Result]]:
-    """Measure training steps (float32, AdamW): tokens a second, forward, backward, optimizer, memory, and the share of
-    the roofline.
+    """Measure training steps: tokens a second, time of each part, memory, share of the roofline.
+    $ minigpt2 bench step --model small --batch 8 --length 256
 
-    Prints medians with their range over every step but each process's warm-up. The roofline share is the time that the
-    step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes in this run,
-    over the step's time; where minigpt2 has another library make its products (ops/products.py), also at the rates
-    that this one reaches. Recomputation counts as time, not as work. A ratio to another library is the median over
-    pairs of steps, the first of one with the first of the other and so on.
+    Medians, with their range, over every step but each process's warm-up; float32, AdamW. The roofline share is the
+    time that the step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes
+    in this run, over the step's time; where minigpt2 has another library make its products, also at that one's rates.
+    Recomputation counts as time, not as work. A ratio to another library is the median over pairs of steps, the first
+    of one with the first of the other and so on.
 
     Args:
         model: An official name, or small: 6 layers of width 192.
         batch: Sequences in a batch.
         length: Tokens in a sequence.
         dropout: All three dropouts.
-        checkpoint_every: The dial of recomputation.
+        checkpoint_every: As in `minigpt2 train`.
         recompute: What a recomputed block keeps.
         steps: Steps in a process, of which the first two, or of three the first, are warm-up.
         rounds: How often each process is run, in turn.
         compare: Also run transformers, alternately, each in its own process: hf is as installed, hf-tuned with
-            tune_allocator() too.
+            tune_allocator() too. Default: neither.
         compile: Also run minigpt2 compiled (torch.compile), alternately, each in its own process.
         profile: Also print where the time of a step goes, from one more process.
         config: Fields of GPT2Config: another shape than the official one.

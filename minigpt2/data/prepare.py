@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from minigpt2.data.documents import DataError, Piece, read_pieces, text_files
 from minigpt2.files import atomic_write, errors_name, flush
+from minigpt2.progress import Progress
 from minigpt2.tokenizer import Tokenizer, TokenizerError, get_tokenizer
 
 __all__ = ["META", "TRAIN", "VALIDATION", "check_tokenizer", "prepare", "tokenise"]
@@ -151,7 +152,8 @@ def tokenise(
             journal = Journal(request)
     workers = workers or os.cpu_count() or 1
     total = sum(path.stat().st_size for path in text_files(data))
-    bar = tqdm(total=total, initial=journal.bytes, unit="B", unit_scale=True, desc="tokenising", disable=not progress)
+    counted: dict[str, Any] = {"total": total, "initial": journal.bytes, "unit": "B", "unit_scale": True}
+    bar = Progress(**counted, desc="tokenising", disable=not progress)
     pending: deque[tuple[Piece, int, Future[NDArray[Any]]]] = deque()
     with (
         bar,
@@ -178,6 +180,7 @@ def tokenise(
         while pending:
             take()
         _write_journal(part, journal, tokens, index)
+        bar.finish()
     return journal.documents
 
 

@@ -1,8 +1,10 @@
-"""What a training run measures of itself, and the file that keeps it."""
+"""What a training run measures of itself, the file that keeps it, and the services that show it."""
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import time
 from pathlib import Path
 from types import TracebackType
@@ -15,15 +17,45 @@ from minigpt2.device import peak_bytes, synchronize
 from minigpt2.extras import MissingExtra, import_extra
 from minigpt2.files import atomic_write, errors_name, flush
 from minigpt2.ops.products import multiply
+from minigpt2.progress import Progress
 from minigpt2.training.parallel import Processes
 
-__all__ = ["Metrics", "Speedometer", "flops_per_token", "matmul_rate", "plot_losses", "read_rows"]
+__all__ = [
+    "Metrics",
+    "Speedometer",
+    "Steps",
+    "check_trackers",
+    "flops_per_token",
+    "matmul_rate",
+    "plot_losses",
+    "read_rows",
+]
 
 FILE = "metrics.jsonl"
 
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+"""What shows a run beside its file: the setting that asks for it, which is the extra that brings it; its module."""
+
+
+def check_trackers(settings: dict[str, Any]) -> list[str]:
+    """What keeps each tracker that these settings ask for from showing a run, with what to do about it."""
+    problems = []
+    for name in filter(settings.get, TRACKERS):
+        try:
+            tracker = import_extra(name, TRACKERS[name], f"--{name}")
+            online = os.environ.get("WANDB_MODE", "online") == "online"
+            if name == "wandb" and online and os.environ.get("RANK", "0") == "0":  # of torchrun's, the one that writes
+                tracker.login()  # asks for the key on a terminal, and elsewhere raises an error without one
+        except MissingExtra as error:
+            problems.append(str(error))
+        except Exception as error:  # of wandb's own kinds
+            problems.append(f"--{name}: {' '.join(str(error).split())} WANDB_MODE=offline needs no account.")
+    return problems
+
 
 class Metrics:
-    """`folder`/metrics.jsonl: one JSON object a step; with `tensorboard`, the same for TensorBoard in `folder`/tb.
+    """`folder`/metrics.jsonl: one JSON object a step; and the same for TensorBoard in `folder`/tb, and for Weights &
+    Biases, where the run's `settings` have `tensorboard` or `wandb`.
 
     `step` is where the run goes on: rows of later steps, which a killed run left, are removed. Of many processes only
     one `writes`.
@@ -31,9 +63,14 @@ class Metrics:
 
     _file: TextIO | None
     _board: Any
+    _wandb: Any
 
-    def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = False, writes: bool = True) -> None:
-        self._started, self._before, self._board, self._file = time.perf_counter(), 0.0, None, None
+    def __init__(
+        self, folder: Path, step: int = 0, settings: dict[str, Any] | None = None, *, writes: bool = True
+    ) -> None:
+        settings = settings or {}
+        self._started, self._before, self._file = time.perf_counter(), 0.0, None
+        self._board = self._wandb = None
         if not writes:
             return
         self._path = folder / FILE
@@ -42,9 +79,11 @@ class Metrics:
             new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._before = float(rows[-1]["seconds"]) if rows else 0.0
         self._file = self._path.open("a", encoding="utf-8")
-        if tensorboard:
-            writer = import_extra("tensorboard", "torch.utils.tensorboard", "--tensorboard").SummaryWriter
+        if settings.get("tensorboard"):
+            writer = import_extra("tensorboard", TRACKERS["tensorboard"], "--tensorboard").SummaryWriter
             self._board = writer(str(folder / "tb"), purge_step=step + 1)
+        if settings.get("wandb"):
+            self._wandb = _wandb_run(folder, settings)
 
     @property
     def seconds(self) -> float:
@@ -59,10 +98,13 @@ class Metrics:
         with errors_name(self._path):
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         if self._board is not None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, (int, float)):
+            for key, value in numbers.items():
+                if key != "step":
                     self._board.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers)
 
     def flush(self) -> None:
         """Have the rows so far on disk before this returns."""
@@ -81,6 +123,52 @@ class Metrics:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+
+def _wandb_run(folder: Path, settings: dict[str, Any]) -> Any:
+    """The run at Weights & Biases that belongs to a run folder, always the same one, by its id in `folder`/wandb/id.
+    Project and name are those of WANDB_PROJECT and WANDB_NAME, else minigpt2 and the folder's name."""
+    wandb = import_extra("wandb", TRACKERS["wandb"], "--wandb")
+    known = folder / "wandb" / "id"
+    if not known.exists():
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(known) as path:
+            path.write_text(secrets.token_hex(4), encoding="utf-8")
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "minigpt2"),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name),
+            id=known.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(folder),
+            config=settings,
+            allow_val_change=True,  # by a run that goes on with other settings
+        )
+    except wandb.Error as error:
+        raise ConnectionError(f"--wandb: {' '.join(str(error).split())}") from None
+    run.define_metric("*", step_metric="step")  # wandb's own counter of steps could not go back to a snapshot
+    return run
+
+
+class Steps(Progress):
+    """The progress of a run, with its losses and its speed."""
+
+    def __init__(self, total: int, initial: int, disable: bool) -> None:
+        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        line = "step {n_fmt}/{total_fmt}{postfix}, {elapsed} gone, {remaining} left"
+        super().__init__(total=total, initial=initial, bar_format=bar, line=line, disable=disable)
+
+    def show(self, row: dict[str, Any], val_loss: float) -> None:
+        """Count a step, given its row of metrics and the newest validation loss."""
+        if self.disable:
+            return
+        text = f"loss {row['loss']:.3f}, validation {val_loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        if self.ncols is None or self.ncols >= 100:  # or the terminal has no room for it
+            text += f", peak {row['peak_memory_gib']:.2f} GiB"
+        self.set_postfix_str(text, refresh=False)
+        self.update()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ def test_decay_is_on_matrices_only() -> None:
         ({"attention": "magic"}, "attention backend must be one of"),
         ({"data": "nowhere.txt"}, "nowhere.txt: no such file or folder"),
         ({"init": "nowhere"}, "'nowhere' is neither an official name"),
-        ({"memory_budget": "1MiB"}, "nothing fits 1 MiB: the least is "),
+        ({"memory_budget": "1MiB"}, "nothing fits 1MiB: the least is "),
         ({"memory_budget": "much"}, "expected an amount of memory such as 4GiB"),
         ({"memory_budget": "4GiB", "checkpoint_every": 1}, "--memory-budget chooses --checkpoint-every"),
         ({"device": "abacus"}, "--device abacus is not available"),
