@@ -132,6 +132,38 @@ def _load(model: str, attention: str, device: str) -> tuple[GPT2, Tokenizer, tor
     return network.to(place), tokenizer, place
 
 
+def parity(
+    model: Annotated[str, tyro.conf.Positional],
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
+    attention: str = "auto",
+    data: str | None = None,
+    length: int = 256,
+    json: bool = False,
+) -> int:
+    """Compare with transformers on the same files: PASS, or the first module that differs and exit status 1.
+
+    Args:
+        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        dtype: Of both. The finer it is, the smaller a fault may be to be seen.
+        attention: Attention backend of minigpt2; that of transformers is eager.
+        data: UTF-8 text, a file or a folder of files; or a token file (.bin). Default: Python's standard library.
+        length: Tokens in each of two sequences, at most.
+        json: Print one JSON object instead of the table.
+    """
+    from json import dumps
+
+    from minigpt2.parity import parity
+
+    found = parity(model, dtype=dtype, attention=attention, data=data, length=length, say=_unsaid if json else print)
+    if json:
+        print(dumps(found.to_json(), indent=2))
+    return 1 if found.faults else 0
+
+
+def _unsaid(line: str) -> None:
+    pass
+
+
 def prepare(
     data: str,
     out: str,
@@ -278,16 +310,18 @@ def info() -> None:
     print(f"products of training, float32 on the CPU: {explain_products()}")
 
 
-def _run(verbs: dict[str, Callable[..., Any]], prog: str, arguments: list[str], description: str | None = None) -> None:
-    """Run the verb that the arguments name. Raises ValueError for arguments that cannot be read."""
+def _run(verbs: dict[str, Callable[..., Any]], prog: str, arguments: list[str], description: str | None = None) -> Any:
+    """The result of the verb that the arguments name. Raises ValueError for arguments that cannot be read."""
     calls = {name: deferred(verb) for name, verb in verbs.items()}
-    parsed(lambda: tyro.extras.subcommand_cli_from_dict(calls, prog=prog, description=description, args=arguments))()
+    return parsed(
+        lambda: tyro.extras.subcommand_cli_from_dict(calls, prog=prog, description=description, args=arguments)
+    )()
 
 
 def main() -> int:
-    """Run one verb; the exit status is 2 for a user's mistake."""
+    """Run one verb; the exit status is 2 for a user's mistake, and 1 where two models differ."""
     verbs: dict[str, Callable[..., object]] = {"train": train, "generate": generate, "eval": evaluate}
-    verbs |= {"prepare": prepare, "plan": plan, "bench": bench, "download": download, "info": info}
+    verbs |= {"parity": parity, "prepare": prepare, "plan": plan, "bench": bench, "download": download, "info": info}
     replace_unprintable()
     if sys.argv[1:2] == ["train"]:  # it has an exit status of its own
         return train()
@@ -296,7 +330,7 @@ def main() -> int:
             if sys.argv[1:2] == ["bench"]:  # it has verbs of its own
                 bench()
             else:
-                _run(verbs, "minigpt2", sys.argv[1:], DESCRIPTION)
+                return _run(verbs, "minigpt2", sys.argv[1:], DESCRIPTION) or 0
     except BrokenPipeError:
         return reader_left()
     except (ValueError, OSError) as error:

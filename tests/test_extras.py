@@ -155,6 +155,15 @@ def test_plots_are_missing_where_one_is_asked_for(without, called, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_parity_without_transformers(without, called, hf_tiny: Path) -> None:
+    without("transformers")
+    status, out, err = called(cli.main, "minigpt2", "parity", hf_tiny)
+    assert (status, out) == (2, "")
+    assert err.startswith("minigpt2: minigpt2 parity: ")
+    assert err.endswith("; pip install 'minigpt2[parity]'\n")
+    assert err.count("\n") == 1
+
+
 def test_a_run_without_plots_ends_well_and_says_how_to_get_its_picture(without, called, tmp_path: Path) -> None:
     inputs = [*make_inputs(tmp_path), "--no-tune-allocator", *arguments({"max_steps": 1, "eval_batches": 1})]
     without("matplotlib", "matplotlib.figure")

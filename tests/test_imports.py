@@ -17,7 +17,7 @@ LAYERS = [
     {"recompute", "loss", "inputs", "tokenizer_files"},
     {"data", "model"},
     {"weights", "generate", "memory"},
-    {"evaluate", "console"},
+    {"evaluate", "parity", "console"},
     {"training"},
     {"bench"},
     {"__main__", "train"},

@@ -3,8 +3,9 @@
 Every round times everything once, one after the other in one process, from the same packed tensor, so that what slows
 the machine slows all of them; the figures are medians over rounds, and a ratio is taken within its round. Each call
 allocates its own output and gradient, for both. On CUDA the device is waited for before and after the calls of a
-measurement, and tiles are chosen before it. A forward pass is 2 matrix products and a backward pass 5 (one of them
-rebuilds the scores), each 2 * T^2 * D operations a head; half of that is counted, because half of the pairs are masked.
+measurement, and tiles are chosen before it. On the CPU bfloat16 is timed beside the kernel's own float32 too: what it
+gains where the processor multiplies it. A forward pass is 2 matrix products and a backward pass 5 (one of them rebuilds
+the scores), each 2 * T^2 * D operations a head; half of that is counted, because half of the pairs are masked.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from minigpt2.bench.header import header
 from minigpt2.device import pick_device, synchronize
@@ -32,7 +34,8 @@ CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One pass of one shape. Rates in GFLOP/s; ratio is sdpa's time over ours, with its least and largest value."""
+    """One pass of one shape. Rates in GFLOP/s; ratio is sdpa's time over ours, with its least and largest value, and so
+    is over_float32 of the kernel's own time with float32 tensors, where these are bfloat16 ones on the CPU."""
 
     B: int
     T: int
@@ -43,6 +46,8 @@ class Measurement:
     ratio_range: tuple[float, float]
     share_of_mm: float
     price_of_dropout: float  # time over the time with the first dropout_p, minus 1
+    over_float32: float | None
+    over_float32_range: tuple[float, float] | None
 
 
 def bench_attention(
@@ -86,15 +91,19 @@ def bench_attention(
     print(f"{on}{dtype}, H = {n_head}, D = {head_dim}; medians of {repeats} rounds")
     print(
         f"{'shape':>10} {'p':>4} {'pass':>8} {'GFLOP/s':>8} {'x sdpa':>7} {'(range)':>14} {'of mm':>6} {'dropout':>8}"
+        + (f" {'x float32':>9} {'(range)':>14}" if _beside_float32(tensors, place) else "")
     )
     rows = []
     for B, T in shapes:
         for row in _bench_shape(B, T, n_head, head_dim, dropouts, tensors, place, repeats, least_seconds):
             low, high = row.ratio_range
+            beside = ""
+            if row.over_float32_range is not None:
+                beside = f" {row.over_float32:>9.2f} {'({:.2f}-{:.2f})'.format(*row.over_float32_range):>14}"
             print(
                 f"{f'B{B} T{T}':>10} {row.dropout_p:>4} {'fwd+bwd' if row.backward else 'fwd':>8} {row.rate:>8.0f}"
                 f" {row.ratio:>7.2f} {f'({low:.2f}-{high:.2f})':>14} {row.share_of_mm:>6.2f}"
-                f" {row.price_of_dropout:>+8.1%}",
+                f" {row.price_of_dropout:>+8.1%}{beside}",
                 flush=True,
             )
             rows.append(row)
@@ -108,6 +117,10 @@ def bench_attention(
         if decode_shapes:
             bench_decode(decode_shapes, n_head=n_head, head_dim=head_dim, dtype=tensors)
     return rows
+
+
+def _beside_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu"
 
 
 def _product_rates(repeats: int, least_seconds: float) -> str:
@@ -171,18 +184,22 @@ def _bench_shape(
     a, b = torch.randn(2, side, side).to(device, dtype)
     forward_flops = 2 * B * n_head * T * T * head_dim
 
-    def run(backend: str, p: float, backward: bool) -> None:
+    in_float32 = (qkv.detach().float().requires_grad_(), grad.float()) if _beside_float32(dtype, device) else None
+
+    def run(backend: str, p: float, backward: bool, inputs: tuple[Tensor, Tensor] = (qkv, grad)) -> None:
+        x, grad_out = inputs
         if backward:
-            qkv.grad = None
-            attention(qkv, n_head, dropout_p=p, backend=backend).backward(grad)
+            x.grad = None
+            attention(x, n_head, dropout_p=p, backend=backend).backward(grad_out)
         else:
             with torch.no_grad():
-                attention(qkv, n_head, dropout_p=p, backend=backend)
+                attention(x, n_head, dropout_p=p, backend=backend)
 
     cases = [(p, backward) for p in dropouts for backward in (False, True)]
     mm_rates: list[float] = []
     ours: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
     peer: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
+    float32: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
     if qkv.is_cuda:
         for p, backward in cases:
             run("fused", p, backward)
@@ -190,12 +207,15 @@ def _bench_shape(
         mm_rates.append(2 * side**3 / seconds(lambda: torch.mm(a, b)))
         for p, backward in cases:
             ours[p, backward].append(seconds(functools.partial(run, "fused", p, backward)))
+            if in_float32:
+                float32[p, backward].append(seconds(functools.partial(run, "fused", p, backward, in_float32)))
             peer[p, backward].append(seconds(functools.partial(run, PEER, p, backward)))
 
     rows = []
     for p, backward in cases:
         flops = forward_flops * 3.5 if backward else forward_flops
         ratios = [y / x for x, y in zip(ours[p, backward], peer[p, backward], strict=True)]
+        gains = [y / x for x, y in zip(ours[p, backward], float32[p, backward], strict=False)]
         shares = [flops / x / mm for x, mm in zip(ours[p, backward], mm_rates, strict=True)]
         prices = [x / x0 - 1 for x, x0 in zip(ours[p, backward], ours[dropouts[0], backward], strict=True)]
         rows.append(
@@ -209,6 +229,8 @@ def _bench_shape(
                 ratio_range=(min(ratios), max(ratios)),
                 share_of_mm=statistics.median(shares),
                 price_of_dropout=statistics.median(prices),
+                over_float32=statistics.median(gains) if gains else None,
+                over_float32_range=(min(gains), max(gains)) if gains else None,
             )
         )
     return rows

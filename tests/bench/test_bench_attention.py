@@ -13,7 +13,15 @@ def test_the_table_has_a_row_for_each_case(capsys):
     assert [(r.dropout_p, r.backward) for r in rows] == [(0.0, False), (0.0, True), (0.5, False), (0.5, True)]
     assert all(r.rate > 0 and r.ratio_range[0] <= r.ratio <= r.ratio_range[1] and r.share_of_mm > 0 for r in rows)
     assert capsys.readouterr().out.count("B1 T32") == 4
+    assert all(r.over_float32 is None for r in rows)
     assert len(bench_decode([(1, 8)], n_head=2, head_dim=16, repeats=2, least_seconds=0.0)) == 1
+
+
+def test_bfloat16_is_timed_beside_float32(capsys):
+    tiny = {"n_head": 2, "head_dim": 16, "repeats": 2, "least_seconds": 0.0}
+    (row, _) = bench_attention([(1, 32)], dropouts=(0.0,), dtype="bfloat16", decode_shapes=[], **tiny)
+    assert row.over_float32_range[0] <= row.over_float32 <= row.over_float32_range[1]
+    assert "x float32" in capsys.readouterr().out
 
 
 def test_the_head_names_machine_versions_and_command(capsys):

@@ -10,9 +10,18 @@
 //                P <- exp(Q K^T - lse);  dP <- dropout(dOut V^T);  dS <- P (dP - delta)
 //                dV += dropout(P)^T dOut;  dK += scale dS^T Q;  dQ += scale dS K
 // q, k and v are read where the projection left them, in the packed (B, T, 3C) tensor, and copied tile by tile into
-// small contiguous buffers in the type that the arithmetic uses. Every matrix product is one micro-kernel: a strip of
+// small contiguous buffers in the type that is multiplied. Every matrix product is one micro-kernel: a strip of
 // ROWS x (PANEL vectors) that stays in registers. Tiles lie on one grid and are added in ascending order whatever the
 // blocks and the threads are, so results do not depend on either, bit for bit.
+//
+// Sums, the softmax and delta are float32, or float64 for float64. bfloat16 is widened to float32 for the products,
+// unless the processor multiplies bfloat16 itself. Then Q, K, V and dOut are multiplied as they are, and P and dS are
+// rounded to bfloat16 first, as a plain bfloat16 form rounds them. Such a processor takes numbers in pairs that follow
+// each other in the summed dimension, so each operand is copied to lie the way that its product needs (operand.h):
+//   Q K^T, dOut V^T    the left one along its rows, the right one, transposed, across them
+//   P V, dS K          P and dS along their rows, V and K across them
+//   P^T dOut, dS^T Q   both across their rows
+// Q, dOut and dS are needed both ways, and kept both ways.
 //
 // A product never touches a pair (row, key) above the diagonal, not even to multiply it by zero: a NaN reaches only the
 // rows that see it.
@@ -26,6 +35,7 @@
 #include "dropout.h"
 #include "interface.h"
 #include "microkernel.h"
+#include "operand.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -33,33 +43,60 @@ using namespace minigpt2;
 
 namespace {
 
-// Bytes are those of float32 at D = 64.
+// Bytes are those of float32 at D = 64. Where bfloat16 is multiplied, which takes half of them, tiles and blocks of the
+// backward pass are twice as long.
 constexpr int KEYS = MASK_COLUMNS;  // of a tile: a strip of scores is 1.5 KB, K^T and V of a tile 16 KB each
 constexpr int QUERY_BLOCK = 384;    // forward: query rows that share one copy of a key tile; q and O take 192 KB of L2
 constexpr int QUERY_TILE = 48;      // backward: P and dS of a tile, 12 KB each, stay in L1 with one more operand
 constexpr int KEY_BLOCK = 384;      // backward: keys between two visits to a query row; 5 buffers of 96 KB in L2
-constexpr int MIN_BLOCK = 192;      // the smallest block: a multiple of KEYS, of QUERY_TILE and of ROWS
+constexpr int MIN_BLOCK = 192;      // the smallest block: a multiple of KEYS, of 2 QUERY_TILE and of ROWS
 
 // Copying tiles.
 
-// to (padded x D, contiguous) = rows of from, then zeros.
-template <class A, class S> void copy_rows(A* to, const S* from, int64_t stride, int rows, int padded, int D) {
-  for (int i = 0; i < rows; i++, to += D, from += stride)
-    for (int d = 0; d < D; d += LANES<A>) store(to + d, load_as<A>(from + d));
-  std::memset(to, 0, sizeof(A) * size_t(padded - rows) * D);
+// to (padded x D, along its rows) = rows of from, then zeros.
+template <class W, class S> void copy_along(W* to, const S* from, int64_t stride, int rows, int padded, int D) {
+  const int words = D / DEPTH<W>;
+  for (int i = 0; i < rows; i++, to += words, from += stride) {
+    if constexpr (DEPTH<W> == 2)
+      std::memcpy(to, from, sizeof(S) * D);
+    else
+      for (int d = 0; d < D; d += LANES<W>) store(to + d, load_as<W>(from + d));
+  }
+  std::memset(to, 0, sizeof(W) * size_t(padded - rows) * words);
 }
 
-// to (D x KEYS, contiguous) = factor * the transpose of up to KEYS rows of from, then zeros.
-template <class A, class S> void copy_transposed(A* to, const S* from, int64_t stride, int rows, int D, A factor) {
-  constexpr int n = LANES<A>;
+// The same, across its rows; padded is a multiple of DEPTH.
+template <class W, class S> void copy_across(W* to, const S* from, int64_t stride, int rows, int padded, int D) {
+  constexpr int depth = DEPTH<W>;
+  int i = 0;
+  for (; i < rows; i += depth, to += D, from += depth * stride)
+    for (int d = 0; d < D; d += LANES<W>)
+      store(to + d, load_across<W>(from + d, i + 1 < rows ? from + stride + d : nullptr));
+  std::memset(to, 0, sizeof(W) * size_t((padded - i) / depth) * D);
+}
+
+// to (D x KEYS, across its rows) = factor * the transpose of up to KEYS rows of from, then zeros. Pairs take no factor:
+// it would round them.
+template <class W, class S>
+void copy_transposed(W* to, const S* from, int64_t stride, int rows, int D, [[maybe_unused]] Sum<W> factor) {
+  constexpr int n = LANES<W>, depth = DEPTH<W>;
+  const int words = D / depth;
   for (int key = 0; key < KEYS; key += n)
-    for (int d = 0; d < D; d += n) {
-      Vec<A> block[n];
+    for (int d = 0; d < words; d += n) {
+      Vec<W> block[n];
       UNROLL for (int i = 0; i < n; i++)
-        block[i] = key + i < rows ? factor * load_as<A>(from + (key + i) * stride + d) : Vec<A>{};
-      transpose<A>(block);
-      UNROLL for (int i = 0; i < n; i++) store(to + (d + i) * KEYS + key, block[i]);
+        block[i] = key + i < rows ? load_along<W>(from + (key + i) * stride + d * depth, words - d) : Vec<W>{};
+      if constexpr (depth == 1)
+        UNROLL for (int i = 0; i < n; i++) block[i] *= factor;
+      transpose<W>(block);
+      UNROLL for (int i = 0; i < n; i++)
+        if (depth == 1 || d + i < words) store(to + (d + i) * KEYS + key, block[i]);
     }
+}
+
+// Scores without their scale, which K^T takes where it can.
+template <class W> INLINE Vec<Sum<W>> scaled(Vec<Sum<W>> scores, Sum<W> scale) {
+  return DEPTH<W> == 1 ? scores : scores * scale;
 }
 
 struct Shape {
@@ -78,12 +115,12 @@ template <class S> struct Head {  // where one head's rows lie
 
 // Forward.
 
-// The softmax of one strip against one tile of keys. s holds scores on entry and dropout(P) on exit; m, l and factor
-// are the strip's running maxima, sums (by lane) and factors of rescaling. With `edge`, row i sees columns up to
-// diagonal + i. Returns whether a maximum grew.
-template <class A, bool edge>
-INLINE bool softmax_strip(A* s, int columns, int diagonal, A* m, Vec<A>* l, A* factor, const Dropout& dropout,
-                          const uint32_t (*keys)[2], int64_t first_column) {
+// The softmax of one strip against one tile of keys, from scores s to dropout(P) in p. m, l and factor are the strip's
+// running maxima (of s), sums (by lane) and factors of rescaling. With `edge`, row i sees columns up to diagonal + i.
+// Returns whether a maximum grew.
+template <class W, bool edge, class A = Sum<W>>
+INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, Vec<A>* l, A* factor,
+                          const Dropout& dropout, const uint32_t (*keys)[2], int64_t first_column) {
   constexpr int n = LANES<A>;
   constexpr int strip_lanes = (ROWS + n - 1) / n * n;
   alignas(64) A shift[strip_lanes] = {};
@@ -105,16 +142,16 @@ INLINE bool softmax_strip(A* s, int columns, int diagonal, A* m, Vec<A>* l, A* f
     grew |= old != m[i];
   }
   if (grew)
-    UNROLL for (int i = 0; i < strip_lanes; i += n) store(factor + i, exp_negative(load(shift + i)));
+    UNROLL for (int i = 0; i < strip_lanes; i += n) store(factor + i, exp_negative(scaled<W>(load(shift + i), scale)));
   for (int i = 0; i < ROWS; i++) {
     IntVec<A> keep[KEYS / n] = {};
     if (dropout.active) dropout.mask<A>(keep, keys[i], first_column);
     Vec<A> sum = grew ? l[i] * factor[i] : l[i];
     UNROLL for (int j = 0; j < KEYS; j += n) {
       if (edge && j >= columns) break;
-      Vec<A> p = exp_negative(load(s + i * KEYS + j) - m[i]);
-      sum += p;
-      store(s + i * KEYS + j, dropout.active ? where<A>(keep[j / n], p) : p);
+      const Vec<A> e = exp_negative(scaled<W>(load(s + i * KEYS + j) - m[i], scale));
+      sum += e;
+      store_along(p + (i * KEYS + j) / DEPTH<W>, dropout.active ? where<A>(keep[j / n], e) : e);
     }
     l[i] = sum;
   }
@@ -125,20 +162,25 @@ INLINE bool softmax_strip(A* s, int columns, int diagonal, A* m, Vec<A>* l, A* f
 template <class S, class A>
 void forward_block(const Shape& shape, const Head<const S>& in, S* out, A* lse, int64_t head, int64_t first_row,
                    int rows, const Dropout& dropout) {
-  constexpr int n = LANES<A>;
+  using W = Operand<S, A>;
+  constexpr int n = LANES<A>, depth = DEPTH<W>;
   const int D = shape.D, padded = round_up(rows, ROWS);
-  scratch.reserve(sizeof(A) * (size_t(padded) * (2 * D + n + 3) + 2 * KEYS * D + ROWS * (KEYS + n)) + 16 * 64);
-  A* q = scratch.take<A>(size_t(padded) * D);
+  const A scale = A(shape.scale());
+  scratch.reserve(sizeof(A) * (size_t(padded) * (2 * D + n + 3) + 2 * KEYS * D + ROWS * (2 * KEYS + n)) + 16 * 64);
+  W* q = scratch.take<W>(size_t(padded) * D / depth);
   A* O = scratch.take<A>(size_t(padded) * D);
-  A* k_transposed = scratch.take<A>(KEYS * D);
-  A* v = scratch.take<A>(KEYS * D);
+  W* k_transposed = scratch.take<W>(KEYS * D / depth);
+  W* v = scratch.take<W>(KEYS * D / depth);
   A* s = scratch.take<A>(ROWS * KEYS);
+  W* p;
+  if constexpr (depth == 1) p = s;
+  else p = scratch.take<W>(ROWS * KEYS / depth);
   A* factor = scratch.take<A>(ROWS * n);
   A* m = scratch.take<A>(padded);
   Vec<A>* l = scratch.take<Vec<A>>(padded);
   auto keys = scratch.take<uint32_t[2]>(padded);
 
-  copy_rows(q, in.q + first_row * in.stride, in.stride, rows, padded, D);
+  copy_along(q, in.q + first_row * in.stride, in.stride, rows, padded, D);
   std::fill_n(m, padded, std::numeric_limits<A>::lowest());
   std::fill_n(l, padded, Vec<A>{});
   if (dropout.active) dropout.row_keys(keys, uint32_t(head), first_row, padded);
@@ -146,23 +188,22 @@ void forward_block(const Shape& shape, const Head<const S>& in, S* out, A* lse, 
   const int64_t last_row = first_row + rows - 1;
   for (int64_t first_key = 0; first_key <= last_row; first_key += KEYS) {
     const int tile_keys = int(std::min<int64_t>(KEYS, shape.T - first_key));
-    copy_transposed(k_transposed, in.k + first_key * in.stride, in.stride, tile_keys, D, A(shape.scale()));
-    copy_rows(v, in.v + first_key * in.stride, in.stride, tile_keys, KEYS, D);
+    copy_transposed(k_transposed, in.k + first_key * in.stride, in.stride, tile_keys, D, scale);
+    copy_across(v, in.v + first_key * in.stride, in.stride, tile_keys, KEYS, D);
     const int above = int(std::max<int64_t>(0, first_key - first_row)) / ROWS * ROWS;  // rows that see none of the tile
     for (int i = above; i < padded; i += ROWS) {
       const int diagonal = int(std::min<int64_t>(first_row + i - first_key, KEYS));
-      Into into = first_key == 0 ? Into::empty : Into::sum;
-      bool grew;
-      if (diagonal >= KEYS - 1) {
-        strip_product<A, ROWS, Walk::rows>(s, KEYS, q + i * D, D, k_transposed, KEYS, KEYS, D, BELOW, Into::empty);
-        grew = softmax_strip<A, false>(s, KEYS, diagonal, m + i, l + i, factor, dropout, keys + i, first_key);
-      } else {
-        const int columns = std::min(KEYS, round_up(diagonal + ROWS, n));
-        strip_product<A, ROWS, Walk::rows>(s, KEYS, q + i * D, D, k_transposed, KEYS, columns, D, BELOW, Into::empty);
-        grew = softmax_strip<A, true>(s, columns, diagonal, m + i, l + i, factor, dropout, keys + i, first_key);
-      }
-      if (grew && into == Into::sum) into = Into::rescaled;
-      strip_product<A, ROWS, Walk::rows>(O + i * D, D, s, KEYS, v, D, D, KEYS, diagonal, into, factor);
+      const bool edge = diagonal < KEYS - 1;
+      const int columns = edge ? std::min(KEYS, round_up(diagonal + ROWS, n)) : KEYS;
+      strip_product<W, ROWS, Walk::rows>(s, KEYS, q + i * D / depth, D / depth, k_transposed, KEYS, columns, D / depth,
+                                         BELOW, Into::empty);
+      auto softmax = [&](auto at_edge) {
+        return softmax_strip<W, at_edge()>(s, p, columns, diagonal, scale, m + i, l + i, factor, dropout, keys + i,
+                                           first_key);
+      };
+      const bool grew = edge ? softmax(std::true_type{}) : softmax(std::false_type{});
+      const Into into = first_key == 0 ? Into::empty : grew ? Into::rescaled : Into::sum;
+      strip_product<W, ROWS, Walk::rows>(O + i * D, D, p, KEYS / depth, v, D, D, KEYS / depth, diagonal, into, factor);
     }
   }
 
@@ -171,7 +212,7 @@ void forward_block(const Shape& shape, const Head<const S>& in, S* out, A* lse, 
     const A factor = A(dropout.active ? dropout.keep_scale : 1) / total;
     S* to = out + (first_row + i) * shape.H * D;
     for (int d = 0; d < D; d += n) store_as<A>(to + d, load(O + i * D + d) * factor);
-    lse[first_row + i] = m[i] + std::log(total);
+    lse[first_row + i] = scaled<W>(splat(m[i]), scale)[0] + std::log(total);
   }
 }
 
@@ -211,7 +252,10 @@ template <class S, class A>
 void backward_head(const Shape& shape, const Part& part, const Head<const S>& in, const Head<S>& grad,
                    const S* grad_out, int64_t grad_out_stride, const S* out, const A* lse_of_row, int64_t head,
                    int block, const Dropout& dropout) {
-  constexpr int n = LANES<A>;
+  using W = Operand<S, A>;
+  constexpr int n = LANES<A>, depth = DEPTH<W>;
+  constexpr int query_tile = QUERY_TILE * depth;
+  constexpr bool one_layout = depth == 1;  // along and across are the same
   const int D = shape.D;
   const int64_t T = shape.T, out_stride = shape.H * D;
   const A scale = A(shape.scale()), keep = A(dropout.active ? 1 - dropout.p : 1);
@@ -219,44 +263,55 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
   // written.
   const A keep_scale = A(dropout.active ? dropout.keep_scale : 1), ds_scale = scale * keep_scale;
   block = std::min(block, round_up(T, KEYS));
-  scratch.reserve(sizeof(A) * (size_t(block) * D * 5 + QUERY_TILE * (3 * D + 2 * KEYS + 4)) + 16 * 64);
-  A* k_transposed = scratch.take<A>(size_t(block) * D);  // tile after tile, D x KEYS each
-  A* v_transposed = scratch.take<A>(size_t(block) * D);
-  A* k = scratch.take<A>(size_t(block) * D);
+  scratch.reserve(sizeof(A) * (size_t(block) * D * 5 + query_tile * (5 * D + 3 * KEYS + 4) + 2 * ROWS * KEYS) +
+                  24 * 64);
+  W* k_transposed = scratch.take<W>(size_t(block) * D / depth);  // tile after tile, D x KEYS each
+  W* v_transposed = scratch.take<W>(size_t(block) * D / depth);
+  W* k = scratch.take<W>(size_t(block) * D / depth);
   A* dk = scratch.take<A>(size_t(block) * D);
   A* dv = scratch.take<A>(size_t(block) * D);
-  A* q = scratch.take<A>(QUERY_TILE * D);
-  A* dout = scratch.take<A>(QUERY_TILE * D);
-  A* dq = scratch.take<A>(QUERY_TILE * D);
-  A* p = scratch.take<A>(QUERY_TILE * KEYS);
-  A* ds = scratch.take<A>(QUERY_TILE * KEYS);
-  A* lse = scratch.take<A>(QUERY_TILE);
-  A* delta = scratch.take<A>(QUERY_TILE);
-  auto keys = scratch.take<uint32_t[2]>(QUERY_TILE);
+  W* q = scratch.take<W>(query_tile * D / depth);
+  W* q_across = one_layout ? q : scratch.take<W>(query_tile * D / depth);
+  W* dout = scratch.take<W>(query_tile * D / depth);
+  W* dout_across = one_layout ? dout : scratch.take<W>(query_tile * D / depth);
+  A* dq = scratch.take<A>(query_tile * D);
+  A* s = scratch.take<A>(ROWS * KEYS);
+  A* dp = scratch.take<A>(ROWS * KEYS);
+  W* p_across = scratch.take<W>(query_tile * KEYS / depth);
+  W* ds = scratch.take<W>(query_tile * KEYS / depth);
+  W* ds_across = one_layout ? ds : scratch.take<W>(query_tile * KEYS / depth);
+  A* lse = scratch.take<A>(query_tile);
+  A* delta = scratch.take<A>(query_tile);
+  auto keys = scratch.take<uint32_t[2]>(query_tile);
 
   for (int64_t block_key = part.first_key; block_key < part.end_key; block_key += block) {
     const int block_keys = int(std::min<int64_t>(block, T - block_key)), padded = round_up(block_keys, KEYS);
     for (int t = 0; t < padded; t += KEYS) {
       const int count = std::min(KEYS, block_keys - t);
       const int64_t at = (block_key + t) * in.stride;
-      copy_transposed(k_transposed + t * D, in.k + at, in.stride, count, D, scale);
-      copy_transposed(v_transposed + t * D, in.v + at, in.stride, count, D, A(1));
+      copy_transposed(k_transposed + t * D / depth, in.k + at, in.stride, count, D, scale);
+      copy_transposed(v_transposed + t * D / depth, in.v + at, in.stride, count, D, A(1));
     }
-    if (part.dq) copy_rows(k, in.k + block_key * in.stride, in.stride, block_keys, padded, D);
+    if (part.dq) copy_across(k, in.k + block_key * in.stride, in.stride, block_keys, padded, D);
 
     if (part.dkv) {
       std::memset(dk, 0, sizeof(A) * padded * D);
       std::memset(dv, 0, sizeof(A) * padded * D);
     }
-    for (int64_t first_row = std::max(block_key, part.first_row); first_row < part.end_row; first_row += QUERY_TILE) {
-      const int rows = int(std::min<int64_t>(QUERY_TILE, T - first_row)), strips = round_up(rows, ROWS);
-      copy_rows(q, in.q + first_row * in.stride, in.stride, rows, strips, D);
-      copy_rows(dout, grad_out + first_row * grad_out_stride, grad_out_stride, rows, strips, D);
+    for (int64_t first_row = std::max(block_key, part.first_row); first_row < part.end_row; first_row += query_tile) {
+      const int rows = int(std::min<int64_t>(query_tile, T - first_row)), strips = round_up(rows, ROWS);
+      const S *from_q = in.q + first_row * in.stride, *from_dout = grad_out + first_row * grad_out_stride;
+      copy_along(q, from_q, in.stride, rows, strips, D);
+      copy_along(dout, from_dout, grad_out_stride, rows, strips, D);
+      if (!one_layout && part.dkv) {
+        copy_across(q_across, from_q, in.stride, rows, strips, D);
+        copy_across(dout_across, from_dout, grad_out_stride, rows, strips, D);
+      }
       for (int i = 0; i < strips; i++) {
         Vec<A> sum{};
         if (i < rows)
           for (int d = 0; d < D; d += n)
-            sum += load(dout + i * D + d) * load_as<A>(out + (first_row + i) * out_stride + d);
+            sum += load_as<A>(from_dout + i * grad_out_stride + d) * load_as<A>(out + (first_row + i) * out_stride + d);
         delta[i] = sum_lanes<A>(sum) * keep;
         lse[i] = i < rows ? lse_of_row[first_row + i] : A(0);
       }
@@ -276,39 +331,48 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
         for (int i = 0; i < strips; i += ROWS) {
           const int diagonal = from_diagonal + i, columns = std::min(KEYS, round_up(diagonal + ROWS, n));
           if (columns <= 0) continue;
-          A *sp = p + i * KEYS, *sds = ds + i * KEYS;
-          strip_product<A, ROWS, Walk::rows>(sp, KEYS, q + i * D, D, k_transposed + t * D, KEYS,
-                                             columns, D, BELOW, Into::empty);
-          strip_product<A, ROWS, Walk::rows>(sds, KEYS, dout + i * D, D, v_transposed + t * D, KEYS,
-                                             columns, D, BELOW, Into::empty);
-          for (int r = 0; r < ROWS; r++) {
-            IntVec<A> kept[KEYS / n] = {};
-            Vec<A> probability[KEYS / n] = {}, dp[KEYS / n] = {};
-            if (dropout.active) dropout.mask<A>(kept, keys[i + r], first_key);
-            UNROLL for (int j = 0; j < KEYS / n; j++) {
-              if (j * n >= columns) break;
-              const Vec<A> x = load(sp + r * KEYS + j * n) - lse[i + r];
-              probability[j] = exp_negative(x > A(0) ? Vec<A>{} : x);  // the rounding of a huge lse must not make P > 1
-              dp[j] = load(sds + r * KEYS + j * n);
-              if (dropout.active) dp[j] = where<A>(kept[j], dp[j]);
-              store(sp + r * KEYS + j * n, dropout.active ? where<A>(kept[j], probability[j]) : probability[j]);
-            }
-            // Where a row's keys all lie in this tile, delta can be had as rowsum(P dP) from the rounded P and dP, over
-            // rowsum(P), which a large lse leaves not quite 1: dS then sums to 0 as it must, and is exactly 0 for the
-            // first row, whose one probability is 1 whatever its score.
-            if (first_key == 0 && diagonal + r < KEYS) {
-              Vec<A> sum{}, total{};
+          strip_product<W, ROWS, Walk::rows>(s, KEYS, q + i * D / depth, D / depth, k_transposed + t * D / depth, KEYS,
+                                             columns, D / depth, BELOW, Into::empty);
+          strip_product<W, ROWS, Walk::rows>(dp, KEYS, dout + i * D / depth, D / depth, v_transposed + t * D / depth,
+                                             KEYS, columns, D / depth, BELOW, Into::empty);
+          for (int first = 0; first < ROWS; first += depth) {
+            Vec<A> dropped_p[KEYS / n][depth] = {}, row_ds[KEYS / n][depth] = {};
+            UNROLL for (int row = 0; row < depth; row++) {
+              const int r = first + row;
+              IntVec<A> kept[KEYS / n] = {};
+              Vec<A> probability[KEYS / n] = {}, row_dp[KEYS / n] = {};
+              if (dropout.active) dropout.mask<A>(kept, keys[i + r], first_key);
               UNROLL for (int j = 0; j < KEYS / n; j++) {
-                const IntVec<A> seen = column_numbers<A>(j * n) <= diagonal + r;
-                sum += where<A>(seen, probability[j] * dp[j]);
-                total += where<A>(seen, probability[j]);
+                if (j * n >= columns) break;
+                const Vec<A> x = scaled<W>(load(s + r * KEYS + j * n), scale) - lse[i + r];
+                probability[j] = exp_negative(x > A(0) ? Vec<A>{} : x);  // a huge lse, rounded, must not make P > 1
+                row_dp[j] = load(dp + r * KEYS + j * n);
+                if (dropout.active) row_dp[j] = where<A>(kept[j], row_dp[j]);
+                dropped_p[j][row] = dropout.active ? where<A>(kept[j], probability[j]) : probability[j];
               }
-              const A of_all = sum_lanes<A>(total);
-              delta[i + r] = of_all > A(0) ? sum_lanes<A>(sum) / of_all : sum_lanes<A>(sum);
+              // Where a row's keys all lie in this tile, delta can be had as rowsum(P dP) from the rounded P and dP,
+              // over rowsum(P), which a large lse leaves not quite 1: dS then sums to 0 as it must, and is exactly 0
+              // for the first row, whose one probability is 1 whatever its score.
+              if (first_key == 0 && diagonal + r < KEYS) {
+                Vec<A> sum{}, total{};
+                UNROLL for (int j = 0; j < KEYS / n; j++) {
+                  const IntVec<A> seen = column_numbers<A>(j * n) <= diagonal + r;
+                  sum += where<A>(seen, probability[j] * row_dp[j]);
+                  total += where<A>(seen, probability[j]);
+                }
+                const A of_all = sum_lanes<A>(total);
+                delta[i + r] = of_all > A(0) ? sum_lanes<A>(sum) / of_all : sum_lanes<A>(sum);
+              }
+              UNROLL for (int j = 0; j < KEYS / n; j++) row_ds[j][row] = probability[j] * (row_dp[j] - delta[i + r]);
             }
             UNROLL for (int j = 0; j < KEYS / n; j++) {
               if (j * n >= columns) break;
-              store(sds + r * KEYS + j * n, probability[j] * (dp[j] - delta[i + r]));
+              const int at = (i + first) * KEYS / depth + j * n;  // across
+              store_across(p_across + at, dropped_p[j]);
+              store_across(ds_across + at, row_ds[j]);
+              if (!one_layout)
+                UNROLL for (int row = 0; row < depth; row++)
+                  store_along(ds + ((i + first + row) * KEYS + j * n) / depth, row_ds[j][row]);
             }
           }
         }
@@ -316,18 +380,18 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
           auto add = [&](auto height, int key) {
             constexpr int R = height();
             A *to_dv = dv + (t + key) * D, *to_dk = dk + (t + key) * D;
-            strip_product<A, R, Walk::keys>(to_dv, D, p + key, KEYS, dout, D, D, strips,
-                                              key - from_diagonal, Into::sum);
-            strip_product<A, R, Walk::keys>(to_dk, D, ds + key, KEYS, q, D, D, strips,
-                                              key - from_diagonal, Into::sum);
+            strip_product<W, R, Walk::keys>(to_dv, D, p_across + key, KEYS, dout_across, D, D, strips / depth,
+                                            key - from_diagonal, Into::sum);
+            strip_product<W, R, Walk::keys>(to_dk, D, ds_across + key, KEYS, q_across, D, D, strips / depth,
+                                            key - from_diagonal, Into::sum);
           };
           for (int key = 0; key + ROWS <= KEYS; key += ROWS) add(std::integral_constant<int, ROWS>{}, key);
           add(std::integral_constant<int, KEYS % ROWS>{}, KEYS / ROWS * ROWS);
         }
         if (part.dq)
           for (int i = 0; i < strips; i += ROWS)
-            strip_product<A, ROWS, Walk::rows>(dq + i * D, D, ds + i * KEYS, KEYS, k + t * D, D, D, KEYS,
-                                             from_diagonal + i, Into::sum);
+            strip_product<W, ROWS, Walk::rows>(dq + i * D, D, ds + i * KEYS / depth, KEYS / depth, k + t * D / depth,
+                                               D, D, KEYS / depth, from_diagonal + i, Into::sum);
       }
 
       if (part.dq) {
@@ -357,7 +421,8 @@ template <class S, class A>
 void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t row_stride, const void* grad_out,
               int64_t grad_out_batch_stride, int64_t grad_out_row_stride, const void* out, const void* lse,
               void* grad_qkv, const Dropout& dropout) {
-  const int64_t heads = shape.B * shape.H, T = shape.T, threads = thread_count(), width = shape.H * shape.D;
+  const int64_t T = shape.T, threads = thread_count(), width = shape.H * shape.D;
+  const int64_t heads = T ? shape.B * shape.H : 0;  // a tensor without elements has no address to count from
   auto run = [&](int64_t head, int block, const Part& part) {
     const Head<const S> in(static_cast<const S*>(qkv), batch_stride, row_stride, shape, head);
     const Head<S> grad(static_cast<S*>(grad_qkv), T * 3 * width, 3 * width, shape, head);
@@ -372,7 +437,8 @@ void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t
   // the same order.
   const double one_pass = 5.0 * double((heads + threads - 1) / threads), two_passes = 7.0 * heads / threads;
   if (one_pass <= two_passes || T <= MIN_BLOCK) {
-    const int block = std::clamp(KEY_BLOCK * 64 / shape.D / MIN_BLOCK * MIN_BLOCK, MIN_BLOCK, KEY_BLOCK);
+    const int most = KEY_BLOCK * DEPTH<Operand<S, A>>;
+    const int block = std::clamp(most * 64 / shape.D / MIN_BLOCK * MIN_BLOCK, MIN_BLOCK, most);
     for_each_task(heads, [&](int64_t head) { run(head, block, {true, true, 0, T, 0, T}); });
     return;
   }

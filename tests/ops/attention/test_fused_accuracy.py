@@ -113,10 +113,14 @@ def extreme_inputs():
     }
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("name", list(extreme_inputs()))
-def test_extreme_inputs_stay_finite_where_eager_does(op, name, p, eager):
-    qkv = extreme_inputs()[name]
+EXTREME_CASES = list(itertools.product(extreme_inputs(), [0.0, 0.1], [torch.float32, torch.bfloat16]))
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "p", "dtype"), for_each(EXTREME_CASES, EXTREME_CASES[::2]), indirect=["op"], ids=str
+)
+def test_extreme_inputs_stay_finite_where_eager_does(op, name, p, dtype, eager):
+    qkv = extreme_inputs()[name].to(dtype)
     grad = torch.randn(1, 130, 128, generator=torch.Generator().manual_seed(1))
     keep = dropout_mask(SEED, 1, 2, 130, p) if p else None
     exact = forward_and_gradients(lambda x: eager(x, 2, keep, p), qkv.double(), grad)
@@ -125,17 +129,21 @@ def test_extreme_inputs_stay_finite_where_eager_does(op, name, p, eager):
         assert (b.isfinite() | ~e.isfinite()).all()
 
 
-NAN_CASES = list(itertools.product([0, 5, 40, 64, 129], [math.nan, math.inf], [0.0, 0.1]))
+NAN_CASES = list(
+    itertools.product([0, 5, 40, 64, 129], [math.nan, math.inf], [0.0, 0.1], [torch.float32, torch.bfloat16])
+)
 
 
-@pytest.mark.parametrize(("op", "row", "value", "p"), for_each(NAN_CASES, NAN_CASES[3::5]), indirect=["op"])
-def test_nan_reaches_only_the_rows_that_see_it(op, row, value, p):
+@pytest.mark.parametrize(
+    ("op", "row", "value", "p", "dtype"), for_each(NAN_CASES, NAN_CASES[6::10]), indirect=["op"], ids=str
+)
+def test_nan_reaches_only_the_rows_that_see_it(op, row, value, p, dtype):
     """Or, in the Triton kernels, no row before those of its own tile; and no other head."""
     torch.manual_seed(0)
     T, D = 130, 64
     before = row // op.tile * op.tile
     for part, rows in (("q", [row]), ("k", range(row, T)), ("v", range(row, T))):
-        qkv = torch.randn(2, T, 3 * 2 * D)
+        qkv = torch.randn(2, T, 3 * 2 * D).to(dtype)
         q, k, v = split_heads(qkv, 2)  # views
         {"q": q, "k": k, "v": v}[part][0, 1, row, 7] = value
         out = op(qkv, 2, p)[0].view(2, T, 2, D)
@@ -158,12 +166,17 @@ def test_nan_reaches_only_the_rows_that_see_it(op, row, value, p):
             assert not out[expected].isfinite().any()
 
 
-@pytest.mark.parametrize("row", [0, 5, 64, 129])
-def test_nan_in_the_gradient_reaches_only_what_depends_on_it(op, row):
+NAN_GRADIENT_CASES = list(itertools.product([0, 5, 64, 129], [torch.float32, torch.bfloat16]))
+
+
+@pytest.mark.parametrize(
+    ("op", "row", "dtype"), for_each(NAN_GRADIENT_CASES, NAN_GRADIENT_CASES[::2]), indirect=["op"], ids=str
+)
+def test_nan_in_the_gradient_reaches_only_what_depends_on_it(op, row, dtype):
     """Or, in the Triton kernels, no key after those of its own tile."""
     torch.manual_seed(0)
     T, D = 130, 64
-    qkv, grad = torch.randn(1, T, 3 * D), torch.randn(1, T, D)
+    qkv, grad = torch.randn(1, T, 3 * D).to(dtype), torch.randn(1, T, D).to(dtype)
     grad[0, row, 3] = math.nan
     _, dq, dk, dv = forward_and_gradients(lambda x: op(x, 1)[0], qkv, grad)
     rows = torch.arange(T)
