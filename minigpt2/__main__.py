@@ -47,7 +47,8 @@ def generate(
     $ minigpt2 generate --model gpt2 --prompt "Once upon a time"
 
     Args:
-        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
+        model: A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME), or a folder, such as that of a
+            run.
         prompt: The text to continue; '' begins a new one. Default: what comes from standard input; on a terminal you
             type texts for the model to continue, until Ctrl-D.
         file: Continue the text of this file instead, without the newline at its end; - is standard input.
@@ -94,7 +95,8 @@ def evaluate(
     $ minigpt2 eval --model gpt2 --data book.txt
 
     Args:
-        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
+        model: A model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME), or a folder, such as that of a
+            run.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin), such as val.bin of `minigpt2 prepare`.
         stride: The text is read in windows; this many tokens lie from one to the next. Fewer are slower, and give the
             model more context. Default: half the length.
@@ -136,16 +138,17 @@ def parity(
     model: Annotated[str, tyro.conf.Positional],
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
     attention: str = "auto",
-    data: str | None = None,
+    data: Annotated[str | None, optional("PATH")] = None,
     length: int = 256,
     json: bool = False,
 ) -> int:
     """Compare with transformers on the same files: PASS, or the first module that differs and exit status 1.
+    $ minigpt2 parity gpt2
 
     Args:
-        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
         dtype: Of both. The finer it is, the smaller a fault may be to be seen.
-        attention: Attention backend of minigpt2; that of transformers is eager.
+        attention: What computes attention in minigpt2: auto, eager, sdpa or fused; in transformers it is eager.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin). Default: Python's standard library.
         length: Tokens in each of two sequences, at most.
         json: Print one JSON object instead of the table.
@@ -197,11 +200,11 @@ def prepare(
 
 
 def download(name: Annotated[str, tyro.conf.Positional]) -> None:
-    """Fetch OpenAI's weights into weights/NAME and check them.
+    """Fetch a model of the Hugging Face hub into weights/NAME, and check it.
     $ minigpt2 download gpt2
 
     Args:
-        name: gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+        name: gpt2, gpt2-medium, gpt2-large, gpt2-xl or OWNER/NAME; OWNER/NAME@REVISION is a commit, branch or tag.
     """
     from minigpt2.weights import download
 

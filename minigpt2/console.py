@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minigpt2.generate import stream, stream_text
+from minigpt2.generate import ends, stream, stream_text
 from minigpt2.model import GPT2
 from minigpt2.tokenizer import Tokenizer
 
@@ -36,17 +36,12 @@ def read_prompt(prompt: str | None, file: Path | None) -> str | None:
         raise ValueError(f"{name}: not UTF-8 text: {error}") from None
 
 
-def _ids_of(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of a prompt. The empty one begins a new document, as the end-of-text token does."""
-    return tokenizer.encode(text) or [tokenizer.separator]
-
-
 def print_samples(
     model: GPT2, tokenizer: Tokenizer, prompt: str, num: int, max_new_tokens: int, **sampling: Any
 ) -> None:
-    """Print the prompt and a continuation, `num` times, each under a heading if there are several. `sampling` is that
-    of `stream_text`."""
-    ids = _ids_of(prompt, tokenizer)
+    """Print the prompt and a continuation, `num` times, each under a heading if there are several. An empty prompt
+    begins a new document, as its end-of-text token does. `sampling` is that of `stream_text`."""
+    ids = tokenizer.encode(prompt) or [tokenizer.separator]
     shown = "" if ids == [tokenizer.end_of_text] else prompt
     for i in range(1, num + 1):
         unprinted = f"--- sample {i} of {num} ---\n{shown}" if num > 1 else shown
@@ -60,7 +55,7 @@ def print_samples(
 
 def converse(model: GPT2, tokenizer: Tokenizer, max_new_tokens: int, **sampling: Any) -> None:
     """Continue what is typed on the terminal, until Ctrl-D. The model sees all of the text so far, typed and its own,
-    as far as its context reaches; after <|endoftext|> a new text begins. Ctrl-C stops a continuation."""
+    as far as its context reaches; after its end-of-text token a new text begins. Ctrl-C stops a continuation."""
     with suppress(ImportError):
         import readline  # noqa: F401 (lines can be edited, and called back)
     stream(model, torch.zeros(1, 1, dtype=torch.long), max_new_tokens, **sampling)  # or raise what is wrong, at once
@@ -77,10 +72,10 @@ def converse(model: GPT2, tokenizer: Tokenizer, max_new_tokens: int, **sampling:
         ids = seen
         try:
             typed = tokenizer.encode(("\n" if seen else "") + line) if line else []
-            ids = (seen + typed)[-room:] or _ids_of("", tokenizer)
+            ids = (seen + typed)[-room:] or [tokenizer.separator]
             for text in stream_text(model, tokenizer, ids, max_new_tokens, **sampling):
                 print(text, end="", flush=True)
-            seen = [] if ids[-1] == tokenizer.end_of_text else ids
+            seen = [] if ids[-1] in ends(model, tokenizer) else ids
         except KeyboardInterrupt:
             seen = ids
         except ValueError as error:

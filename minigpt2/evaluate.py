@@ -135,7 +135,7 @@ def _losses(model: GPT2, tokens: Tokens, group: list[Window], separator: int) ->
     rows = [np.append(tokens[w.start - 1] if w.start else separator, tokens[w.start : w.stop]) for w in group]
     ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, 1 + T)
     hidden = model.hidden(ids[:, :-1])[:, -scored:]  # (B, scored, C): the rest needs no head
-    return linear_cross_entropy(hidden, model.wte.weight, ids[:, -scored:], reduction="none")
+    return linear_cross_entropy(hidden, model.head, ids[:, -scored:], reduction="none")
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> NDArray[np.int64]:

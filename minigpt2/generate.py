@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import numbers
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ __all__ = [
     "KVCache",
     "NonFiniteError",
     "Sampling",
+    "ends",
     "evaluation_mode",
     "generate",
     "next_token_probabilities",
@@ -161,7 +162,7 @@ def stream(
     max_new_tokens: int,
     *,
     attention_mask: Tensor | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Iterator[Tensor]:
@@ -173,12 +174,13 @@ def stream(
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens!r}")
     settings = Sampling(**sampling)
+    ends = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     if input_ids.dim() == 2 and input_ids.size(1) == 0 < input_ids.size(0):
         raise ValueError("the prompt is empty; start from <|endoftext|> (id 50256) to generate from nothing")
     check_input(model.config, input_ids.cpu(), attention_mask)  # on the CPU, where ids are looked at
     if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
         raise ValueError("attention_mask ends in padding; pad a batch of prompts on the left")
-    return _stream(model, input_ids, max_new_tokens, settings, attention_mask, eos_token_id, generator)
+    return _stream(model, input_ids, max_new_tokens, settings, attention_mask, ends, generator)
 
 
 def _stream(
@@ -187,7 +189,7 @@ def _stream(
     max_new_tokens: int,
     sampling: Sampling,
     mask: Tensor | None,
-    eos_token_id: int | None,
+    ends: tuple[int, ...],
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     B, T = input_ids.shape
@@ -208,11 +210,12 @@ def _stream(
                     f"the logits are not finite: {nonfinite(model) or f'they overflow {logits.dtype}'}"
                 )
             token = sampling.draw(logits, generator)
-            if eos_token_id is not None:
-                token = token.masked_fill(done, eos_token_id)
-                done |= token == eos_token_id
+            if ends:
+                token = token.masked_fill(done, ends[0])
+                for end in ends:
+                    done |= token == end
         yield token
-        if eos_token_id is not None and bool(done.all()):
+        if ends and bool(done.all()):
             return
         feed = token[:, None].to(input_ids.dtype)  # (B, 1)
         if mask is not None:
@@ -230,18 +233,19 @@ def generate(
     max_new_tokens: int,
     *,
     attention_mask: Tensor | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Tensor:
     """Continue input_ids (B, T) and return (B, T + new), with new <= max_new_tokens.
 
     `sampling` are the settings of `Sampling`: `temperature` (0 is greedy), `top_k` and `top_p`. A batch of unequal
-    prompts is padded on the left, with 0 at the padding in `attention_mask` (B, T). A row that produced `eos_token_id`
-    is filled up with it, and generation ends when every row has. At the context length it ends with a warning.
-    `generator` draws the samples (the default generator of torch if None). Dropout is off, whatever the model's mode,
-    which stays what it is. Raises ValueError for an empty or too long prompt, ids outside the vocabulary or sampling
-    settings out of range; NonFiniteError, which is one, for weights that give logits which are not finite.
+    prompts is padded on the left, with 0 at the padding in `attention_mask` (B, T). A row that produced `eos_token_id`,
+    or one of several, is filled up with it, or the first of them, and generation ends when every row has. At the
+    context length it ends with a warning. `generator` draws the samples (the default generator of torch if None).
+    Dropout is off, whatever the model's mode, which stays what it is. Raises ValueError for an empty or too long
+    prompt, ids outside the vocabulary or sampling settings out of range; NonFiniteError, which is one, for weights that
+    give logits which are not finite.
     """
     tokens = stream(
         model,
@@ -283,6 +287,11 @@ def _finite(tensor: Tensor) -> bool:
     return all(bound.isfinite() for bound in torch.aminmax(tensor))  # a NaN would be both of the bounds
 
 
+def ends(model: GPT2, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text: those of the model's configuration and the tokenizer's."""
+    return [i for i in (tokenizer.end_of_text, *model.config.eos_token_ids) if i is not None]
+
+
 def stream_text(
     model: GPT2,
     tokenizer: Tokenizer,
@@ -292,15 +301,15 @@ def stream_text(
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
-    """Continue the token ids and yield the text piece by piece, as `stream` makes it, up to the end of text, which is
-    none. `ids` grows by what is drawn. An id that the tokenizer lacks, or bytes that are no UTF-8, become the
-    replacement character."""
-    end = tokenizer.end_of_text
-    settings = {"eos_token_id": end, "generator": generator, **sampling}
+    """Continue the token ids and yield the text piece by piece, as `stream` makes it, up to one of `ends`,
+    which is no text. `ids` grows by what is drawn. An id that the tokenizer lacks, or bytes that are no UTF-8, become
+    the replacement character."""
+    stops = ends(model, tokenizer)
+    settings = {"eos_token_id": stops, "generator": generator, **sampling}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     for token in stream(model, torch.tensor([ids], device=model.wte.weight.device), max_new_tokens, **settings):
         ids.append(int(token))
-        if ids[-1] != end:
+        if ids[-1] not in stops:
             yield decoder.decode(tokenizer.token_bytes(ids[-1]))
     yield decoder.decode(b"", final=True)
 

@@ -194,7 +194,8 @@ def test_an_unknown_download_is_one_clear_line(monkeypatch, capsys):
     status, out, err = in_process(monkeypatch, capsys, "download", "gpt3")
     assert (status, out) == (2, "")
     assert err == (
-        "minigpt2: no official weights are called 'gpt3'; there are gpt2, gpt2-medium, gpt2-large, gpt2-xl\n"
+        "minigpt2: 'gpt3' is neither an official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), nor OWNER/NAME, nor a "
+        "folder with weights\n"
     )
 
 
@@ -265,7 +266,7 @@ def test_help(monkeypatch, capsys, arguments, mentioned):
     assert [word for word in mentioned if word not in out] == []
 
 
-VERBS = ["train", "generate", "eval", "prepare", "plan", "bench", "download", "info"]
+VERBS = ["train", "generate", "eval", "parity", "prepare", "plan", "bench", "download", "info"]
 
 
 def test_the_help_has_an_example_of_each_verb(monkeypatch, capsys):
@@ -285,7 +286,7 @@ def test_help_shows_an_example_and_each_default_once(monkeypatch, capsys, verb):
     out = in_process(monkeypatch, capsys, *verb.split(), "--help")[1]
     examples = [line.strip()[2:] for line in out.splitlines() if line.startswith("$ ")]
     assert examples
-    monkeypatch.setattr(cli, "parsed", lambda parse: (parse(), lambda: None)[1])  # parses, and then does nothing
+    monkeypatch.setattr(cli, "parsed", lambda parse: (parse(), lambda: 0)[1])  # parses, and then does nothing
     monkeypatch.setattr(train, "main", lambda: tyro.cli(train.TrainConfig, args=sys.argv[1:]) is None)
     monkeypatch.setitem(sys.modules, "minigpt2._train", train)
     monkeypatch.setattr(cli, "module_from_spec", lambda spec: train)

@@ -11,6 +11,7 @@ from tiny_runs import arguments, make_inputs, rows
 
 import train
 from minigpt2 import __main__ as cli
+from minigpt2.training.metrics import Metrics
 
 PLOTS = "pip install 'minigpt2[plots]'"
 
@@ -116,18 +117,11 @@ def test_without_an_account_wandb_is_refused_before_anything_is_written(wandb, c
 
 def test_wandb_gets_the_rows_of_the_metrics_as_one_run_that_is_resumed(wandb, called, tmp_path: Path) -> None:
     fake = wandb()
-    settings = [
-        *make_inputs(tmp_path),
-        "--no-tune-allocator",
-        "--eval-batches",
-        1,
-        "--wandb",
-        "--out",
-        tmp_path / "run",
-    ]
-    assert called(train.main, "train.py", *settings, "--max-steps", 3)[0] == 0
+    settings = arguments({"max_steps": 3, "eval_batches": 1, "wandb": True, "out": tmp_path / "run"})
+    assert called(train.main, "train.py", *make_inputs(tmp_path), *settings, "--no-tune-allocator")[0] == 0
     assert fake.rows == rows(tmp_path / "run")
-    assert called(train.main, "train.py", "--resume", "--out", tmp_path / "run", "--no-tune-allocator")[0] == 0
+    with Metrics(tmp_path / "run", 3, {"wandb": True}):
+        pass
     first, second = fake.runs
     assert (first["project"], first["name"], first["config"]["max_steps"]) == ("minigpt2", "run", 3)
     assert (first["id"], first["dir"]) == (second["id"], str(tmp_path / "run"))

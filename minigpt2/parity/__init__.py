@@ -136,6 +136,8 @@ def _forward(found: Parity, ours: GPT2, theirs: Any, ids: Tensor) -> Exact:
     over = next((row["part"] for row in table if not row["relative"] <= row["bound"]), None)
     found.say(f"first over its bound: {over or 'none'}\n")
     _alone(found, "ln_f", ours.ln_f, body.ln_f, in_float64(body.ln_f), exact.streams[-1], None, unequal)
+    for name in unequal:  # also those of no module that both have
+        found.expect(False, name.rpartition(".")[0], f"{name} is not what transformers has")
     row = compare_tensors("logits", logits, exact.rounded, exact.logits)
     found.expect_close(row, "lm_head", "the logits are others")
     top, expected = logits.argmax(-1), exact.rounded.argmax(-1)

@@ -101,6 +101,10 @@ def scale_attention(model: GPT2) -> None:
     model.h[1].attn.c_attn.register_forward_hook(larger_queries)
 
 
+def one_parameter_more(model: GPT2) -> None:
+    model.h[1].attn.register_parameter("gate", nn.Parameter(torch.zeros(1)))
+
+
 FAULTS: dict[str, tuple[Callable[[GPT2], Any], str]] = {
     "one weight": (lambda m: add_to(m.h[1].mlp.c_fc.weight), "h.1.mlp"),
     "the last digit of a bias": (lambda m: add_to(m.h[2].attn.c_attn.bias, 1e-8), "h.2.attn"),
@@ -116,6 +120,7 @@ FAULTS: dict[str, tuple[Callable[[GPT2], Any], str]] = {
     "LayerNorms after what they belong before": (normalise_afterwards, "h.1.ln_1"),
     "MLP beside attention": (mlp_beside_attention, "h.0.ln_2"),
     "the scale of attention": (scale_attention, "h.1.attn"),
+    "one parameter more": (one_parameter_more, "h.1.attn"),
     "a division by zero": (overflow, "h.2.mlp"),
     "what a block returns": (scale_the_residual, "h.1"),
 }
