@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OFFICIAL_SIZES", "ConfigError", "GPT2Config"]
+__all__ = ["ACTIVATIONS", "OFFICIAL_SIZES", "ConfigError", "GPT2Config"]
 
 
 class ConfigError(ValueError):
@@ -24,30 +25,47 @@ OFFICIAL_SIZES: dict[str, dict[str, int]] = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
-# Keys of an official config.json that change the mathematics, with the one setting each that is implemented.
-# transformers' PretrainedConfig and GPT2Config define them.
+# Other names of a field, as transformers' attribute_map has them; and that of the first GPT-2 files.
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "n_ctx": "n_positions",
+}
+
+# Keys of a config.json that change the mathematics, with the settings that are implemented. transformers'
+# PretrainedConfig and GPT2Config define them.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
     "is_decoder": (False, True),  # a causal model either way; only cross-attention would differ
     "cross_attention_hidden_size": (None,),
-    "tie_word_embeddings": (True,),
     "pruned_heads": (None, {}, []),
     "quantization_config": (None,),
 }
 
-# Keys that leave the mathematics of the language model alone: what a loader, a sampler or another head reads.
-# reorder_and_upcast_attn is one of them: it orders half-precision arithmetic and is the same function in float32.
+# Keys that leave the mathematics of the language model alone: what a loader, a trainer, a sampler or another head
+# reads, in any release of transformers. reorder_and_upcast_attn is one of them: it orders half-precision arithmetic and
+# is the same function in float32. So is every key that begins with an underscore, a note of the library to itself.
 _HARMLESS = {
-    "architectures", "transformers_version", "torch_dtype", "dtype", "n_ctx", "use_cache", "reorder_and_upcast_attn",
-    "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "task_specific_params", "pad_token_id", "sep_token_id", "id2label", "label2id", "num_labels", "problem_type",
-    "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "gradient_checkpointing",
-    "chunk_size_feed_forward", "name_or_path", "_name_or_path", "_commit_hash", "finetuning_task",
-    "predict_special_tokens",
+    "architectures", "attn_implementation", "auto_map", "chunk_size_feed_forward", "custom_pipelines", "dtype",
+    "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "line_by_line", "model_parallel", "n_special",
+    "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "output_past", "prefix",
+    "predict_special_tokens", "problem_type", "reorder_and_upcast_attn", "return_dict", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
+    "use_bfloat16", "use_cache", "xla_device",
+    # Token ids.
+    "additional_special_tokens_ids", "bos_token_ids", "cls_token_id", "decoder_start_token_id", "eos_token_ids",
+    "mask_token_id", "pad_token_id", "pad_token_ids", "sep_token_id", "unk_token_id",
+    # Generation, which has a file of its own today.
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
 
 # The sizes, and how large each may be: a damaged file is refused before memory is asked for.
@@ -60,8 +78,11 @@ _SIZES = {
     "n_inner": 10**8,
 }
 
-# Two names of the same tanh approximation of GELU.
-_GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
+# The first five are names of the same tanh approximation of GELU, the next two of GELU itself; silu is swish.
+ACTIVATIONS = (
+    *("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+    *("gelu", "gelu_python", "relu", "silu", "swish", "tanh"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +105,7 @@ class GPT2Config:
     n_inner: int | None = None
     """Width inside the MLP; None means 4 * n_embd."""
     activation_function: str = "gelu_new"
-    """GPT-2's tanh approximation of GELU is the only one."""
+    """Between the two projections of an MLP: one of ACTIVATIONS. GPT-2's is the tanh approximation of GELU."""
     resid_pdrop: float = 0.1
     """Dropout on what attention and MLP add to the residual stream."""
     embd_pdrop: float = 0.1
@@ -95,10 +116,16 @@ class GPT2Config:
     """Added to the variance in every LayerNorm."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    scale_attn_weights: bool = True
+    """Divide the scores of attention by sqrt(head_dim)."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Divide them by the number of the block too, counted from 1."""
+    tie_word_embeddings: bool = True
+    """The output head is the token embedding; otherwise a parameter of its own, `lm_head.weight`."""
     bos_token_id: int | None = 50256
     """Id that opens a text: <|endoftext|>."""
-    eos_token_id: int | None = 50256
-    """Id that closes a text: <|endoftext|>."""
+    eos_token_id: int | tuple[int, ...] | None = 50256
+    """Id that closes a text: <|endoftext|>; or several, any of which does."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -118,8 +145,19 @@ class GPT2Config:
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value < float("inf"):
                 problems.append(f"{name} must be a positive number, got {value!r}")
-        if self.activation_function not in _GELU_TANH:
-            problems.append(f"activation_function must be one of {_GELU_TANH}, got {self.activation_function!r}")
+        if self.activation_function not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            problems.append(f"activation_function must be one of {names}, got {self.activation_function!r}")
+        for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if isinstance(self.eos_token_id, list):  # as JSON has it
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, tuple) and value and name == "eos_token_id" else (value,)
+            if value is not None and not all(map(_is_int, ids)):
+                problems.append(f"{name} must be a token id or null, got {value!r}")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -132,6 +170,17 @@ class GPT2Config:
     def inner(self) -> int:
         """Width inside the MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    def attention_scale(self, block: int) -> float:
+        """What the scores of attention are multiplied by in a block, counted from 0."""
+        scale = 1 / math.sqrt(self.head_dim) if self.scale_attn_weights else 1.0
+        return scale / (block + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that close a text, of which there may be none."""
+        ids = self.eos_token_id
+        return ids if isinstance(ids, tuple) else () if ids is None else (ids,)
 
     @classmethod
     def official(cls, name: str, **overrides: Any) -> GPT2Config:
@@ -149,7 +198,7 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GPT2Config:
-        """Read the contents of an official config.json.
+        """Read the contents of a config.json of transformers.
 
         A key that changes the mathematics and is not implemented raises ConfigError by name; a key this package has
         never heard of is named in one warning.
@@ -160,14 +209,19 @@ class GPT2Config:
             if key in values and values[key] not in allowed
         ]
         fields = {field.name for field in dataclasses.fields(cls)}
+        found = {key: value for key, value in values.items() if key in fields}
+        for alias, name in _ALIASES.items():
+            if alias in values and found.setdefault(name, values[alias]) != values[alias] and alias != "n_ctx":
+                problems.append(f"{alias}={values[alias]!r} contradicts {name}={found[name]!r}")
         config = None
         try:
-            config = cls(**{key: value for key, value in values.items() if key in fields}).replace(**overrides)
+            config = cls(**found).replace(**overrides)
         except ConfigError as error:
             problems.append(str(error))
         if problems or config is None:
             raise ConfigError("; ".join(problems))
-        unknown = sorted(set(values) - fields - set(_ONLY) - _HARMLESS)
+        unknown = sorted(set(values) - fields - set(_ONLY) - set(_ALIASES) - _HARMLESS)
+        unknown = [key for key in unknown if not key.startswith("_")]
         if unknown:
             warnings.warn(f"config keys unknown to minigpt2 were ignored: {', '.join(unknown)}", stacklevel=2)
         return config

@@ -131,7 +131,7 @@ def _losses(model: GPT2, tokens: Tokens, group: list[Window]) -> Tensor:
     rows = [np.concatenate([_before(tokens, w.start), tokens[w.start : w.stop]]) for w in group]
     ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, 1 + T)
     hidden = model.hidden(ids[:, :-1])[:, -scored:]  # (B, scored, C): the rest needs no head
-    return linear_cross_entropy(hidden, model.wte.weight, ids[:, -scored:], reduction="none")
+    return linear_cross_entropy(hidden, model.head, ids[:, -scored:], reduction="none")
 
 
 def _before(tokens: Tokens, start: int) -> NDArray[np.uint16]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import numbers
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -160,7 +160,7 @@ def stream(
     max_new_tokens: int,
     *,
     attention_mask: Tensor | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Iterator[Tensor]:
@@ -172,12 +172,13 @@ def stream(
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens!r}")
     settings = Sampling(**sampling)
+    ends = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     if input_ids.dim() == 2 and input_ids.size(1) == 0 < input_ids.size(0):
         raise ValueError("the prompt is empty; start from <|endoftext|> (id 50256) to generate from nothing")
     check_input(model.config, input_ids.cpu(), attention_mask)  # on the CPU, where ids are looked at
     if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
         raise ValueError("attention_mask ends in padding; pad a batch of prompts on the left")
-    return _stream(model, input_ids, max_new_tokens, settings, attention_mask, eos_token_id, generator)
+    return _stream(model, input_ids, max_new_tokens, settings, attention_mask, ends, generator)
 
 
 def _stream(
@@ -186,7 +187,7 @@ def _stream(
     max_new_tokens: int,
     sampling: Sampling,
     mask: Tensor | None,
-    eos_token_id: int | None,
+    ends: tuple[int, ...],
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     B, T = input_ids.shape
@@ -207,11 +208,12 @@ def _stream(
                     f"the logits are not finite: {nonfinite(model) or f'they overflow {logits.dtype}'}"
                 )
             token = sampling.draw(logits, generator)
-            if eos_token_id is not None:
-                token = token.masked_fill(done, eos_token_id)
-                done |= token == eos_token_id
+            if ends:
+                token = token.masked_fill(done, ends[0])
+                for end in ends:
+                    done |= token == end
         yield token
-        if eos_token_id is not None and bool(done.all()):
+        if ends and bool(done.all()):
             return
         feed = token[:, None].to(input_ids.dtype)  # (B, 1)
         if mask is not None:
@@ -229,18 +231,19 @@ def generate(
     max_new_tokens: int,
     *,
     attention_mask: Tensor | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Tensor:
     """Continue input_ids (B, T) and return (B, T + new), with new <= max_new_tokens.
 
     `sampling` are the settings of `Sampling`: `temperature` (0 is greedy), `top_k` and `top_p`. A batch of unequal
-    prompts is padded on the left, with 0 at the padding in `attention_mask` (B, T). A row that produced `eos_token_id`
-    is filled up with it, and generation ends when every row has. At the context length it ends with a warning.
-    `generator` draws the samples (the default generator of torch if None). Dropout is off, whatever the model's mode,
-    which stays what it is. Raises ValueError for an empty or too long prompt, ids outside the vocabulary or sampling
-    settings out of range; NonFiniteError, which is one, for weights that give logits which are not finite.
+    prompts is padded on the left, with 0 at the padding in `attention_mask` (B, T). A row that produced `eos_token_id`,
+    or one of several, is filled up with it, or the first of them, and generation ends when every row has. At the
+    context length it ends with a warning. `generator` draws the samples (the default generator of torch if None).
+    Dropout is off, whatever the model's mode, which stays what it is. Raises ValueError for an empty or too long
+    prompt, ids outside the vocabulary or sampling settings out of range; NonFiniteError, which is one, for weights that
+    give logits which are not finite.
     """
     tokens = stream(
         model,

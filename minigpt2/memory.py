@@ -5,6 +5,7 @@ R is one residual tensor (batch x length x n_embd elements). A live block keeps 
 
     input of ln_1, its output, qkv (3), attention's output, input of ln_2, its output, c_fc's output (4), GELU's (4)
 
+(the widths of GPT-2; with relu and tanh, whose backward pass reads their result, c_fc's output is not among them)
 and, beside those, the log-sum-exp of attention and the statistics of the LayerNorms. With `recompute="pointwise"` the
 outputs of LayerNorm and GELU are not kept, which leaves 10 R. Dropout keeps a seed. A recomputed segment keeps its
 input, 1 R, and with `"keep-attention"` another R a block.

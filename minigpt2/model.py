@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from minigpt2.config import GPT2Config
 from minigpt2.inputs import check_input
 from minigpt2.loss import linear_cross_entropy
+from minigpt2.ops.activations import activation
 from minigpt2.ops.attention import attention, check_backend, positions_and_mask
 from minigpt2.ops.dropout import dropout_add
-from minigpt2.ops.gelu import gelu
 from minigpt2.ops.products import project, project_transposed
 from minigpt2.recompute import RecomputedStack
 
@@ -44,23 +44,25 @@ class Projection(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections with the tanh GELU between them, for each position by itself."""
+    """Two projections with an activation between them, GPT-2's tanh GELU, for each position by itself."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.c_fc = Projection(config.n_embd, config.inner)
         self.c_proj = Projection(config.inner, config.n_embd)
+        self.act = activation(config.activation_function)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(gelu(self.c_fc(x)))  # (B, T, C) -> (B, T, inner) -> (B, T, C)
+        return self.c_proj(self.act(self.c_fc(x)))  # (B, T, C) -> (B, T, inner) -> (B, T, C)
 
 
 class CausalSelfAttention(nn.Module):
     """H heads, in each of which every position attends to itself and to the past."""
 
-    def __init__(self, config: GPT2Config, backend: str) -> None:
+    def __init__(self, config: GPT2Config, i: int, backend: str) -> None:
         super().__init__()
         self.n_head = config.n_head
+        self.scale = config.attention_scale(i)
         self.attn_pdrop = config.attn_pdrop
         self.backend = backend
         self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
@@ -69,18 +71,19 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
         p = self.attn_pdrop if self.training else 0.0
-        y = attention(qkv, self.n_head, mask=mask, cache=cache, dropout_p=p, backend=self.backend)  # (B, T, C)
+        settings: dict[str, Any] = {"dropout_p": p, "scale": self.scale, "backend": self.backend}
+        y = attention(qkv, self.n_head, mask=mask, cache=cache, **settings)  # (B, T, C)
         return self.c_proj(y)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: each half reads a normalised residual stream and adds to it."""
+    """A pre-norm transformer block, the i-th: each half reads a normalised residual stream and adds to it."""
 
-    def __init__(self, config: GPT2Config, backend: str) -> None:
+    def __init__(self, config: GPT2Config, i: int, backend: str) -> None:
         super().__init__()
         self.resid_pdrop = config.resid_pdrop
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = CausalSelfAttention(config, backend)
+        self.attn = CausalSelfAttention(config, i, backend)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
@@ -96,7 +99,7 @@ class BlockStack(RecomputedStack):
     def __init__(
         self, config: GPT2Config, *, checkpoint_every: int = 0, recompute: str = "block", attention: str = "auto"
     ) -> None:
-        super().__init__(Block(config, attention) for _ in range(config.n_layer))
+        super().__init__(Block(config, i, attention) for i in range(config.n_layer))
         self.checkpoint_every, self.recompute = checkpoint_every, recompute
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -125,10 +128,12 @@ class GPT2(nn.Module):
         super().__init__()
         check_backend(attention)
         self.config = config
-        self.wte = _embedding(config.vocab_size, config.n_embd)  # also the output head: the two are tied
+        self.wte = _embedding(config.vocab_size, config.n_embd)
         self.wpe = _embedding(config.n_positions, config.n_embd)
         self.h = BlockStack(config, checkpoint_every=checkpoint_every, recompute=recompute, attention=attention)
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        if not config.tie_word_embeddings:  # as they are in GPT-2, whose output head is the token embedding
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -148,26 +153,44 @@ class GPT2(nn.Module):
             else:
                 parameter.zero_()
 
+    @property
+    def head(self) -> Tensor:
+        """The weight of the output head, (V, C)."""
+        return self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
     checkpoint_every = property(
         lambda self: self.h.checkpoint_every, lambda self, k: setattr(self.h, "checkpoint_every", k)
     )
     recompute = property(lambda self: self.h.recompute, lambda self, kept: setattr(self.h, "recompute", kept))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) of the token that follows each position.
 
         input_ids (B, T), integers in [0, V), T <= n_positions. attention_mask (B, past + T): 1 real, 0 padding;
-        positions count the real tokens only. With a `cache` that holds `past` tokens, the T new ones continue it.
-        Raises ValueError for ids, lengths or masks that do not fit.
+        positions count the real tokens only, unless they are given: position_ids (B, T) or (1, T), in [0, n_positions).
+        With a `cache` that holds `past` tokens, the T new ones continue it. Raises ValueError for ids, lengths or masks
+        that do not fit.
         """
-        return F.linear(self.hidden(input_ids, attention_mask, cache), self.wte.weight)
+        return F.linear(self.hidden(input_ids, attention_mask, cache, position_ids), self.head)
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after the last one: `forward` without the head of the other positions."""
-        return project_transposed(self.hidden(input_ids, attention_mask, cache)[:, -1], self.wte.weight)
+        return project_transposed(self.hidden(input_ids, attention_mask, cache)[:, -1], self.head)
 
     def loss(
-        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *, reduction: str = "mean"
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
         """Cross-entropy in nats over the targets that are not -100: their mean or sum, a scalar; "none": each, (B, T).
 
@@ -176,22 +199,30 @@ class GPT2(nn.Module):
         if targets.shape != input_ids.shape:
             shapes = tuple(input_ids.shape), tuple(targets.shape)
             raise ValueError(f"targets must have the shape of input_ids {shapes[0]}, got {shapes[1]}")
-        hidden = self.hidden(input_ids, attention_mask)
-        return linear_cross_entropy(hidden, self.wte.weight, targets, reduction=reduction)
+        hidden = self.hidden(input_ids, attention_mask, position_ids=position_ids)
+        return linear_cross_entropy(hidden, self.head, targets, reduction=reduction)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """The residual stream after the last LayerNorm, (B, T, C): everything but the head."""
         past = 0 if cache is None else cache.length
-        check_input(self.config, input_ids, attention_mask, cache)
+        check_input(self.config, input_ids, attention_mask, cache, position_ids)
         positions, mask = positions_and_mask(input_ids, attention_mask, past)
+        positions = positions if position_ids is None else position_ids
         p = self.config.embd_pdrop if self.training else 0.0
         x = dropout_add(self.wte(input_ids) + self.wpe(positions), None, p)  # (B, T, C)
         return self.ln_f(self.h(x, mask, cache))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> GPT2:
-        """Load an official size by name or a folder with config.json and safetensors, in evaluation mode; `settings`
-        are those of weights.from_pretrained: the dials, `attention`, `dtype`, and fields of the configuration."""
+        """Load `gpt2`, another model of the Hugging Face hub ("OWNER/NAME") or a folder with config.json and
+        safetensors, in evaluation mode; `settings` are those of weights.from_pretrained: `revision`, the dials,
+        `attention`, `dtype`, and fields of the configuration."""
         from minigpt2.weights import from_pretrained
 
         return from_pretrained(name_or_path, **settings)

@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors with the official names, and where the official files come from.
+"""Weights in and out: safetensors with the official names, and where they come from.
 
 The parameters of `GPT2` have the names, shapes and layout of the official checkpoint, so loading is a lookup: each
 tensor of the file is mapped into memory and becomes the parameter, without a copy unless the dtype changes. The
@@ -15,9 +15,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,46 +24,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minigpt2.config import ConfigError, GPT2Config
-from minigpt2.files import atomic_write, flush, sha256_of
+from minigpt2.files import atomic_write, flush
+from minigpt2.hub import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    OFFICIAL,
+    WEIGHTS_FILE,
+    NotFetched,
+    OfficialFile,
+    WeightsError,
+    fetch,
+    how_to_convert,
+    shard_names,
+    shown,
+    source_of,
+    verify,
+)
 from minigpt2.model import GPT2
-from minigpt2.progress import of_downloads
 
 __all__ = ["OFFICIAL", "WeightsError", "download", "from_pretrained", "resize_vocabulary", "save_pretrained"]
 
-
-class WeightsError(ValueError):
-    """Weights that are absent, damaged, or do not fit the configuration. Names the file and every tensor at fault."""
-
-
-@dataclass(frozen=True)
-class OfficialFile:
-    """A published model.safetensors, pinned to a commit of its repository on the Hugging Face hub."""
-
-    repository: str
-    revision: str
-    size: int | None = None
-    """Bytes, where known."""
-    sha256: str | None = None
-    """Digest of the file, where known; without it the pinned commit is all that vouches for the contents."""
-
-
-OFFICIAL = {
-    "gpt2": OfficialFile(
-        "openai-community/gpt2",
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        548_105_171,
-        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-    ),
-    "gpt2-medium": OfficialFile("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"),
-    "gpt2-large": OfficialFile("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
-    "gpt2-xl": OfficialFile(
-        "openai-community/gpt2-xl",
-        "15ea56dee5df4983c59b2538573817e1667135e2",
-        sha256="0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
-    ),
-}
-
-WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 # The published files hold the causal mask as a buffer in every block.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -73,6 +52,9 @@ _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 # transformers, DDP and Lightning in front of it.
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIX = re.compile(r"^(?:(?:module|model|transformer)\.)+")
+
+HEAD = "lm_head.weight"
+"""The output head, where it is not the embedding."""
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -86,6 +68,7 @@ _HOW_TO_SAVE = (
 def from_pretrained(
     name_or_path: str | Path,
     *,
+    revision: str | None = None,
     checkpoint_every: int = 0,
     recompute: str = "block",
     attention: str = "auto",
@@ -95,10 +78,12 @@ def from_pretrained(
     """Load a model, on the CPU and in evaluation mode, with its parameters converted to `dtype`: float16, bfloat16,
     float32 or float64, as a torch.dtype or by name.
 
-    `name_or_path` is an official name (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`), looked for in `weights/NAME`
-    and else fetched into the shared cache of huggingface_hub, or a folder that holds config.json and model.safetensors,
-    whole or in shards with an index. Names may have the prefixes of transformers, DDP, FSDP, torch.compile and
-    Lightning. `config_overrides` replace fields of config.json, such as `attn_pdrop=0.0`.
+    `name_or_path` is a folder that holds config.json and model.safetensors, whole or in shards with an index, or a
+    model of the Hugging Face hub: `OWNER/NAME`, or an official name (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`),
+    whose commit is pinned. It is looked for in `weights/NAME` and else fetched into the shared cache of
+    huggingface_hub. `revision`, or `OWNER/NAME@REVISION`, is a commit, branch or tag of it. Tensors may have the
+    prefixes of transformers, DDP, FSDP, torch.compile and Lightning. `config_overrides` replace fields of config.json,
+    such as `attn_pdrop=0.0`.
 
     Raises WeightsError or ConfigError (ValueErrors) with everything that does not fit.
     """
@@ -109,17 +94,22 @@ def from_pretrained(
         )
     fields = [field.name for field in dataclasses.fields(GPT2Config)]
     for name in config_overrides.keys() - set(fields):
-        close = difflib.get_close_matches(name, ["dtype", "checkpoint_every", "recompute", "attention", *fields], 1)
+        close = difflib.get_close_matches(
+            name, ["dtype", "revision", "checkpoint_every", "recompute", "attention", *fields], 1
+        )
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"{name} is neither an argument of from_pretrained nor a field of GPT2Config{hint}")
-    folder = find_folder(name_or_path)
+    folder = find_folder(name_or_path, revision)
     config = GPT2Config.from_file(folder / CONFIG_FILE, **config_overrides)
     with torch.device("meta"):  # shapes only: the file brings the memory
         model = GPT2(config, checkpoint_every=checkpoint_every, recompute=recompute, attention=attention)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = {name: tensor.to(wanted) for name, tensor in read_tensors(folder, shapes)}
+    tensors = {name: tensor.to(wanted) for name, tensor in read_tensors(folder, _shapes(model))}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_().eval()
+
+
+def _shapes(model: GPT2) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def save_pretrained(model: GPT2, folder: str | Path) -> None:
@@ -146,18 +136,27 @@ def resize_vocabulary(model: GPT2, n: int) -> None:
     """Give the model, in place, a vocabulary of n token ids: new ones after the old, or the last ones dropped.
 
     The embedding of a new token is the mean of the old ones, which makes it about as likely as they are on average
-    (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). The head stays tied, since it is
-    the same parameter, and `model.config` is replaced. An embedding that has n rows already is kept as it is. Make the
-    optimizer afterwards: one that was made before holds the old parameter. Raises ConfigError for an impossible n.
+    (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). The head is the same parameter, or
+    one of its own that is treated alike, and `model.config` is replaced. A matrix that has n rows already is kept as it
+    is. Make the optimizer afterwards: one that was made before holds the old parameters. Raises ConfigError for an
+    impossible n.
     """
     config = model.config.replace(vocab_size=n)
-    old = model.wte.weight
-    if type(old) is not nn.Parameter:
-        raise WeightsError(f"wte.weight is a {type(old).__name__}; resize the vocabulary while it is a plain parameter")
-    if len(old) != n:
-        more = old.mean(0, keepdim=True).expand(max(0, n - len(old)), -1)
-        model.wte.weight = nn.Parameter(torch.cat([old[:n], more]), requires_grad=old.requires_grad)
+    matrices: dict[str, nn.Module] = {"wte": model.wte}
+    if not config.tie_word_embeddings:
+        matrices["lm_head"] = model.lm_head
+    for name, module in matrices.items():
+        if type(module.weight) is not nn.Parameter:
+            kind = type(module.weight).__name__
+            raise WeightsError(f"{name}.weight is a {kind}; resize the vocabulary while it is a plain parameter")
+    for module in matrices.values():
+        old = cast("nn.Parameter", module.weight)
+        if len(old) != n:
+            more = old.mean(0, keepdim=True).expand(max(0, n - len(old)), -1)
+            module.weight = nn.Parameter(torch.cat([old[:n], more]), requires_grad=old.requires_grad)
     model.wte.num_embeddings = n
+    if not config.tie_word_embeddings:
+        model.lm_head.out_features = n
     model.config = config
 
 
@@ -173,7 +172,7 @@ def _tensors_to_save(model: GPT2) -> dict[str, Tensor]:
         if name in found:
             problems.append(f"{name} is there twice")
         found[name] = tensor
-    shapes = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
+    shapes = _shapes(fresh)
     problems += _misnamed(shapes, {name: name for name in found})
     for name, tensor in found.items():
         if name not in shapes:
@@ -198,7 +197,8 @@ def _tensors_to_save(model: GPT2) -> dict[str, Tensor]:
         tensor = found[name].detach().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         # Parameters that share memory, as tied ones do, are saved as many.
-        tensors[f"transformer.{name}"] = tensor.clone() if storage in storages else tensor
+        saved = name if name == HEAD else f"transformer.{name}"
+        tensors[saved] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return tensors
 
@@ -213,7 +213,7 @@ def read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[t
             try:
                 file = opened.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{path}: not a whole safetensors file: {_shown(str(error))}") from None
+                raise WeightsError(f"{path}: not a whole safetensors file: {shown(str(error))}") from None
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name = _PREFIX.sub("", _WRAPPED.sub("", key))
                 if _MASK_BUFFER.fullmatch(name):
@@ -222,12 +222,12 @@ def read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[t
                     problems.append(f"{name} is there twice, as {found[name][1]!r} and {key!r}")
                 found[name] = (file, key)
 
-        # The head is tied to the embedding: either of the two stands for both.
-        head = found.pop("lm_head.weight", None)
+        # Where the head is tied to the embedding, either of the two stands for both.
+        head = None if HEAD in shapes else found.pop(HEAD, None)
         tied = found.setdefault("wte.weight", head) if head else None
         problems += _misnamed(shapes, {name: key for name, (_, key) in found.items()})
         there = [(name, shape, *found[name]) for name, shape in shapes.items() if name in found]
-        there += [("lm_head.weight", shapes["wte.weight"], *head)] if head else []
+        there += [(HEAD, shapes["wte.weight"], *head)] if head else []
         for name, shape, file, key in there:
             piece = file.get_slice(key)
             if tuple(piece.get_shape()) != shape:
@@ -237,7 +237,9 @@ def read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[t
             if piece.get_dtype() not in _DTYPES:
                 problems.append(f"{name} has dtype {piece.get_dtype()}, expected one of {', '.join(_DTYPES)}")
         if not problems and head and tied and head != tied and not _equal(*head, *tied):
-            problems.append("lm_head.weight differs from wte.weight: an untied head is not implemented")
+            problems.append(
+                f"{HEAD} differs from wte.weight; a head of its own is loaded with tie_word_embeddings=False"
+            )
         if problems:
             raise WeightsError(f"{folder}: {_listed(problems)}")
         for name in shapes:
@@ -254,31 +256,28 @@ def weight_files(folder: Path) -> list[Path]:
     if INDEX_FILE not in present:
         raise WeightsError(
             f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} (pickle files are not read); it holds "
-            + (", ".join(map(_shown, sorted(present))) or "nothing")
+            + (", ".join(map(shown, sorted(present))) or "nothing")
+            + (f". {how_to_convert(str(folder))}" if any(name.startswith("pytorch_model") for name in present) else "")
         )
-    try:
-        shards = sorted(map(Path, set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise WeightsError(f"{index}: not an index of safetensors shards: {error!r}") from None
-    problems = [f"{str(path)!r} is not a file name" for path in shards if path.name in ("", "..") or path.parent.parts]
-    problems += [f"shard {_shown(str(path))} is missing" for path in shards if str(path) not in present]
-    if problems:
-        raise WeightsError(f"{index}: {_listed(problems)}")
-    return [folder / path for path in shards]
+    names = shard_names(index)
+    missing = [f"shard {shown(name)} is missing" for name in names if name not in present]
+    if missing:
+        raise WeightsError(f"{index}: {_listed(missing)}")
+    return [folder / name for name in names]
 
 
-def find_folder(name_or_path: str | Path) -> Path:
-    """The folder of an official name or a path, fetching an official one that is not here."""
-    if name_or_path in OFFICIAL:
-        name = str(name_or_path)
-        folder = weights_root() / name
-        return folder if folder.is_dir() else _fetch(name)
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        raise WeightsError(
-            f"{str(name_or_path)!r} is neither an official name ({', '.join(OFFICIAL)}) nor a folder with weights"
-        )
-    return folder
+def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The folder of a path or of a model of the hub, which is fetched if it is not here. Names are those of
+    from_pretrained."""
+    name, path = str(name_or_path), Path(name_or_path)
+    if name not in OFFICIAL and path.is_dir():
+        if revision is not None:
+            raise WeightsError(f"revision {revision!r} is for a model of the hub, and {name!r} is a folder here")
+        return path
+    source = source_of(name, revision)
+    if revision is None and (weights_root() / name).is_dir():
+        return weights_root() / name
+    return _fetch(name, source)
 
 
 def weights_root() -> Path:
@@ -288,58 +287,51 @@ def weights_root() -> Path:
 
 
 def download(name: str) -> Path:
-    """Fetch an official size into `weights/NAME` and check it. Returns the folder; one that is there is checked again.
+    """Fetch a model of the hub, official or `OWNER/NAME[@REVISION]`, into `weights/NAME` and check it. Returns the
+    folder; one that is there is checked again.
 
     The folder appears only when its contents are verified; an interrupted download is repeated by calling this again.
     """
-    if name not in OFFICIAL:
-        raise WeightsError(f"no official weights are called {name!r}; there are {', '.join(OFFICIAL)}")
+    source = source_of(name)
     folder = weights_root() / name
     if folder.exists():
         try:
-            verify(folder / WEIGHTS_FILE, OFFICIAL[name])
+            verify(folder / WEIGHTS_FILE, source)
+            _check_tensors(folder)
         except WeightsError as error:
             raise WeightsError(f"{error}; delete {folder} and download again") from None
         return folder
-    partial = folder.with_name(f".{name}.part")
-    _fetch(name, partial)
+    partial = folder.with_name(f".{folder.name}.part")
+    _fetch(name, source, partial)
+    _check_tensors(partial)
     shutil.rmtree(partial / ".cache", ignore_errors=True)  # huggingface_hub's notes, and what interruptions left
     partial.replace(folder)
     return folder
 
 
-def _fetch(name: str, folder: Path | None = None) -> Path:
-    """Fetch config and weights with huggingface_hub, into `folder` or else its shared cache; return their folder."""
-    from huggingface_hub import hf_hub_download
-
-    official = OFFICIAL[name]
+def _fetch(name: str, source: OfficialFile, folder: Path | None = None) -> Path:
+    """Fetch a model with huggingface_hub, into `folder` or else its shared cache; return the folder it is in."""
+    no_folder = "" if folder or source in OFFICIAL.values() else "no folder here, and "
     try:
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            where: dict[str, Any] = {"revision": official.revision, "local_dir": folder}
-            path = Path(hf_hub_download(official.repository, file, **where | of_downloads(hf_hub_download)))
-    except Exception as error:  # the hub's own, its HTTP client's and the system's: all of them mean "not fetched"
-        raise WeightsError(
-            f"{name}: could not be fetched from {official.repository} at {official.revision[:8]}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        folder = fetch(source.repository, source.revision, folder)
+    except NotFetched as error:
+        raise WeightsError(f"{name}: {no_folder}{error}") from error
+    path = folder / WEIGHTS_FILE
     try:
-        verify(path, official)
+        verify(path, source)
     except WeightsError as error:
         # Or the hub's client would take it for fetched the next time. In its cache, path is a link.
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise WeightsError(f"{error}; what was fetched is deleted") from None
-    return path.parent
+    return folder
 
 
-def verify(path: Path, official: OfficialFile) -> None:
-    """Raise WeightsError unless the file has the size and digest that are known of it."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    if official.size is not None and path.stat().st_size != official.size:
-        raise WeightsError(f"{path}: {path.stat().st_size} bytes, expected {official.size}")
-    if official.sha256 is not None and (digest := sha256_of(path)) != official.sha256:
-        raise WeightsError(f"{path}: sha256 is {digest}, expected {official.sha256}")
+def _check_tensors(folder: Path) -> None:
+    """Raise WeightsError or ConfigError unless the folder's tensors are there, in the shapes that its config has."""
+    with torch.device("meta"):
+        model = GPT2(GPT2Config.from_file(folder / CONFIG_FILE))
+    next(read_tensors(folder, _shapes(model)))
 
 
 def _equal(file: Any, key: str, other_file: Any, other_key: str) -> bool:
@@ -352,16 +344,11 @@ def _misnamed(shapes: dict[str, tuple[int, ...]], keys: dict[str, str]) -> list[
     """What is missing from `keys` (official name -> name as it was found), and what is there beyond `shapes`. Beside
     the first that is missing stands the name most like it, since a prefix is often all that is wrong."""
     missing = [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in keys]
-    unexpected = [_shown(keys[name]) for name in sorted(keys.keys() - shapes.keys())]
+    unexpected = [shown(keys[name]) for name in sorted(keys.keys() - shapes.keys())]
     if missing and unexpected:
         name = missing[0].split(" ")[0]
         missing[0] += f" (there is {difflib.get_close_matches(name, unexpected, 1, 0)[0]})"
     return missing + [f"{name} is unexpected" for name in unexpected]
-
-
-def _shown(text: str, most: int = 200) -> str:
-    """What comes from a file as it can be printed: in one line, of some length."""
-    return repr(text[:most])[1:-1]
 
 
 def _listed(problems: list[str], most: int = 12) -> str:

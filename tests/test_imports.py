@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"torch_private"},
     {"config", "command_line", "device", "extras", "files", "machine", "progress"},
-    {"ops"},
+    {"hub", "ops"},
     {"recompute", "loss", "inputs", "tokenizer"},
     {"data", "model"},
     {"weights", "generate", "memory"},

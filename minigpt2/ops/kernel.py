@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any
 
 import torch
@@ -64,20 +65,30 @@ def in_memory(x: Tensor) -> bool:
     return (address != 0 or not x.numel()) and address % x.element_size() == 0
 
 
-def attention(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Causal attention: qkv (B, T, 3C) -> (B, T, C), and the log-sum-exp (B, H, T) in the dtype of the arithmetic."""
+def attention(
+    qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention: qkv (B, T, 3C) -> (B, T, C), and the log-sum-exp (B, H, T) in the dtype of the arithmetic.
+    scale: the factor of the scores, > 0; None stands for 1 / sqrt(D)."""
     B, T, H, D = packed_sizes(qkv, n_head)
     qkv = rows(_checked(qkv)[0])
     out = qkv.new_empty((B, T, H * D))
     lse = qkv.new_empty((B, H, T), dtype=lse_dtype(qkv.dtype))
     strides = qkv.stride()[:2]
-    arguments = (B, T, H, D, qkv.data_ptr(), *strides, out.data_ptr(), lse.data_ptr(), *_seed(seed, dropout_p))
-    _call("attention", qkv.dtype, *arguments)
+    inputs = (B, T, H, D, qkv.data_ptr(), *strides, checked_scale(scale, D))
+    _call("attention", qkv.dtype, *inputs, out.data_ptr(), lse.data_ptr(), *_seed(seed, dropout_p))
     return out, lse
 
 
 def attention_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_head: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float | None = None,
 ) -> Tensor:
     """The gradient of `attention` with respect to qkv, (B, T, 3C)."""
     B, T, H, D = packed_sizes(qkv, n_head)
@@ -85,20 +96,22 @@ def attention_backward(
     (qkv, grad_out, out), (lse,) = _checked(qkv, grad_out, out), _checked(lse)
     qkv, grad_out, out, lse = rows(qkv), rows(grad_out), out.contiguous(), lse.contiguous()
     grad_qkv = qkv.new_empty((B, T, 3 * H * D))
-    inputs = (qkv.data_ptr(), *qkv.stride()[:2], grad_out.data_ptr(), *grad_out.stride()[:2], out.data_ptr())
+    inputs = (qkv.data_ptr(), *qkv.stride()[:2], checked_scale(scale, D))
+    gradient = (grad_out.data_ptr(), *grad_out.stride()[:2], out.data_ptr())
     outputs = (lse.data_ptr(), grad_qkv.data_ptr(), *_seed(seed, dropout_p))
-    _call("attention_backward", qkv.dtype, B, T, H, D, *inputs, *outputs)
+    _call("attention_backward", qkv.dtype, B, T, H, D, *inputs, *gradient, *outputs)
     return grad_qkv
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Attention of one query over a cache: q (B, H, 1, D), k and v (B, H, T, D) -> (B, H, 1, D)."""
     check_decode(q, k, v)
     B, H, T, D = k.shape
     q, k, v = map(rows, _checked(q, k, v))
     out = q.new_empty((B, H, 1, D))
     cached = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
-    _call("decode", q.dtype, B, T, H, D, q.data_ptr(), *q.stride()[:2], *cached, out.data_ptr())
+    query = (checked_scale(scale, D), q.data_ptr(), *q.stride()[:2])
+    _call("decode", q.dtype, B, T, H, D, *query, *cached, out.data_ptr())
     return out
 
 
@@ -148,6 +161,14 @@ def packed_sizes(qkv: Tensor, n_head: int) -> tuple[int, int, int, int]:
     B, T, width = qkv.shape
     _check_head_dim(width // 3 // n_head)
     return B, T, n_head, width // 3 // n_head
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, 1 / sqrt(D) for None; ValueError for one that is not positive and finite."""
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"the scale of attention must be positive and finite, got {scale}")
+    return scale
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -245,9 +266,9 @@ def _functions() -> dict[str, Any]:
     strided: list[Any] = [pointer, integer, integer]
     cached = [*strided, integer]
     arguments = {
-        "attention": [*shape, *strided, pointer, pointer, *dropout],
-        "attention_backward": [*shape, *strided, *strided, *[pointer] * 3, *dropout],
-        "decode": [*shape, *strided, *cached, *cached, pointer],
+        "attention": [*shape, *strided, number, pointer, pointer, *dropout],
+        "attention_backward": [*shape, *strided, number, *strided, *[pointer] * 3, *dropout],
+        "decode": [*shape, number, *strided, *cached, *cached, pointer],
         "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],
         "gelu": [ctypes.c_int, integer, *[pointer] * 3],
         "few_rows": [*[integer] * 3, pointer, integer, *[pointer] * 3],  # M, K, N, ...

@@ -84,15 +84,17 @@ def attention(
     mask: Tensor | None = None,
     cache: LayerCache | None = None,
     dropout_p: float = 0.0,
+    scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal self-attention.
 
     qkv (B, T, 3C): queries, keys and values side by side, as GPT-2's projection `c_attn` writes them; C is a multiple
     of `n_head`. Returns (B, T, C) in the same dtype. `dropout_p` in [0, 1] drops attention probabilities, always: the
-    caller decides about training and evaluation. Keys and values are added to a `cache`, and queries see what it held
-    before. `mask` is one of `positions_and_mask`; None stands for the causal mask or, after what a cache held, for all
-    keys. Raises ValueError for bad sizes or names, RuntimeError for a backend asked for by name that cannot serve.
+    caller decides about training and evaluation. `scale` > 0 multiplies the scores; None stands for 1 / sqrt(D). Keys
+    and values are added to a `cache`, and queries see what it held before. `mask` is one of `positions_and_mask`; None
+    stands for the causal mask or, after what a cache held, for all keys. Raises ValueError for bad sizes or names,
+    RuntimeError for a backend asked for by name that cannot serve.
     """
     if qkv.dim() != 3 or qkv.size(2) % (3 * n_head):
         raise ValueError(f"qkv must be (B, T, 3C) with C a multiple of n_head={n_head}, got {tuple(qkv.shape)}")
@@ -102,14 +104,14 @@ def attention(
     q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
     keys, values = (k, v) if cache is None else cache.append(k, v)  # (B, H, past + T, D)
     if past or mask is not None:
-        return masked_attention(q, keys, values, mask, dropout_p=dropout_p, backend=backend)
+        return masked_attention(q, keys, values, mask, dropout_p=dropout_p, scale=scale, backend=backend)
     chosen = _resolved(backend, q)
     if chosen == "fused":
-        return fused_attention(qkv, n_head, dropout_p=dropout_p)
+        return fused_attention(qkv, n_head, dropout_p=dropout_p, scale=scale)
     if chosen == "eager":
-        y = eager_attention(q, k, v, causal_mask(q.size(2), k.size(2), q.device), dropout_p)
+        y = eager_attention(q, k, v, causal_mask(q.size(2), k.size(2), q.device), dropout_p, scale=scale)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale)
     return merge_heads(y)
 
 
@@ -143,13 +145,20 @@ def positions_and_mask(
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: float = 0.0, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention under an explicit mask, for padded batches and for queries that continue a cache.
 
     q (B, H, T, D), k and v (B, H, S, D); boolean `mask` (True = visible) broadcasts to (B, H, T, S), and None means
-    that every query sees every key. Returns (B, T, C). The fused kernel serves one query on the CPU, without mask,
-    dropout and gradient, which is what generation asks for; sdpa serves the rest in its stead.
+    that every query sees every key. `scale`: see `attention`. Returns (B, T, C). The fused kernel serves one query on
+    the CPU, without mask, dropout and gradient, which is what generation asks for; sdpa serves the rest in its stead.
     """
     if not q.dim() == k.dim() == v.dim() == 4:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
@@ -157,11 +166,11 @@ def masked_attention(
     chosen = _resolved(backend, q)
     if chosen == "eager":
         visible = causal_mask(1, k.size(2), q.device) if mask is None else mask
-        y = eager_attention(q, k, v, visible, dropout_p)
+        y = eager_attention(q, k, v, visible, dropout_p, scale=scale)
     elif chosen == "fused" and _decodes(q, k, mask, dropout_p):
-        y = decode(q, k, v)
+        y = decode(q, k, v, scale=scale)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return merge_heads(y)
 
 

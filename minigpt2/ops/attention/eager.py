@@ -14,11 +14,14 @@ def causal_mask(n_query: int, n_key: int, device: torch.device) -> Tensor:
     return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), where `mask` (True = visible) broadcasts to
-    (B, H, T, S). q (B, H, T, D); k, v (B, H, S, D) -> (B, H, T, D).
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float = 0.0, *, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), where `mask` (True = visible) broadcasts to (B, H, T, S),
+    and scale None stands for 1 / sqrt(D). q (B, H, T, D); k, v (B, H, S, D) -> (B, H, T, D).
     """
-    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
+    scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, T, S)
     probabilities = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return F.dropout(probabilities, dropout_p, training=True) @ v
 

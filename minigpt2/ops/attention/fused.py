@@ -21,13 +21,15 @@ CUDA_DTYPES = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}  # a
 TRITON = (3, 4)  # the first that keeps on disk which tiles it chose
 
 torch.library.define(
-    "minigpt2::attention", "(Tensor qkv, int n_head, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)"
+    "minigpt2::attention",
+    "(Tensor qkv, int n_head, float dropout_p, Tensor? seed, float? scale=None) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "minigpt2::attention_backward",
-    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed) -> Tensor",
+    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int n_head, float dropout_p, Tensor? seed, "
+    "float? scale=None) -> Tensor",
 )
-torch.library.define("minigpt2::decode", "(Tensor q, Tensor k, Tensor v) -> Tensor")
+torch.library.define("minigpt2::decode", "(Tensor q, Tensor k, Tensor v, float? scale=None) -> Tensor")
 
 
 def unavailable(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -75,14 +77,14 @@ def _refuse_unavailable(device: str, dtype: torch.dtype, head_dim: int) -> None:
         raise RuntimeError(f"fused attention is not available: {reason}")
 
 
-def fused_attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0) -> Tensor:
-    """Causal multi-head attention. softmax(q k^T / sqrt(D)) v, FlashAttention's algorithm (arXiv:2205.14135).
+def fused_attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
+    """Causal multi-head attention. softmax(scale q k^T) v, FlashAttention's algorithm (arXiv:2205.14135).
 
     qkv: (B, T, 3C), the queries, keys and values side by side, C = n_head * D; float32, bfloat16 (sums in float32), on
     the CPU float64, on CUDA float16 (sums in float32); any strides. On CUDA, products of float32 are float32's, or tf32
-    where torch's own may be (torch.set_float32_matmul_precision). Returns (B, T, C) in the same dtype. Dropout on the
-    probabilities, with dropout_p in [0, 1], draws one seed from torch's default generator. Raises RuntimeError where
-    the kernel cannot serve (see `unavailable`), ValueError for bad sizes.
+    where torch's own may be (torch.set_float32_matmul_precision). scale > 0; None stands for 1 / sqrt(D). Returns (B,
+    T, C) in the same dtype. Dropout on the probabilities, with dropout_p in [0, 1], draws one seed from torch's default
+    generator. Raises RuntimeError where the kernel cannot serve (see `unavailable`), ValueError for bad sizes.
     """
     head_dim = packed_sizes(qkv, n_head)[3]
     _refuse_unavailable(qkv.device.type, qkv.dtype, head_dim)
@@ -92,8 +94,8 @@ def fused_attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0) -> Tens
         )
     seed = draw_seed(qkv) if dropout_p > 0.0 else None
     if _direct(qkv):
-        return kernel.attention(qkv, n_head, dropout_p, seed)[0]
-    out: Tensor = torch.ops.minigpt2.attention(qkv, n_head, dropout_p, seed)[0]
+        return kernel.attention(qkv, n_head, dropout_p, seed, scale)[0]
+    out: Tensor = torch.ops.minigpt2.attention(qkv, n_head, dropout_p, seed, scale)[0]
     return out
 
 
@@ -126,12 +128,12 @@ def dropout_mask(seed: int, B: int, H: int, T: int, p: float) -> Tensor:
     return torch.where(column % 32 < 16, x & 0xFFFF, x >> 16) >= int(p * 65536 + 0.5)
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def decode(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """Attention of one query over a cache, without a mask and without gradients.
 
     q: (B, H, 1, D); k, v: (B, H, T, D), often views of a longer cache: any strides, but those whose last dimension is
-    not contiguous are copied. Returns (B, H, 1, D). Raises RuntimeError where the kernel cannot serve (there is one for
-    the CPU only), ValueError for bad sizes.
+    not contiguous are copied. scale: see fused_attention. Returns (B, H, 1, D). Raises RuntimeError where the kernel
+    cannot serve (there is one for the CPU only), ValueError for bad sizes.
     """
     check_decode(q, k, v)
     if not q.is_cpu:
@@ -140,8 +142,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("decode has no gradient; call it under torch.no_grad()")
     if _direct(q, k, v):
-        return kernel.decode(q, k, v)
-    out: Tensor = torch.ops.minigpt2.decode(q, k, v)
+        return kernel.decode(q, k, v, scale)
+    out: Tensor = torch.ops.minigpt2.decode(q, k, v, scale)
     return out
 
 
@@ -152,16 +154,25 @@ def _direct(*tensors: Tensor) -> bool:
     return all(t.is_cpu and kernel.in_memory(t) for t in tensors)
 
 
-def _attention_cuda(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attention_cuda(
+    qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     _refuse_unavailable("cuda", qkv.dtype, packed_sizes(qkv, n_head)[3])
     check_seed(seed, dropout_p, qkv.device)
     from minigpt2.ops.attention import gpu
 
-    return gpu.forward(kernel.rows(qkv), n_head, dropout_p, seed)
+    return gpu.forward(kernel.rows(qkv), n_head, dropout_p, seed, scale)
 
 
 def _attention_backward_cuda(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_head: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float | None = None,
 ) -> Tensor:
     _refuse_unavailable("cuda", qkv.dtype, packed_sizes(qkv, n_head)[3])
     check_backward(grad_out, qkv, out, lse, n_head)
@@ -169,39 +180,48 @@ def _attention_backward_cuda(
     from minigpt2.ops.attention import gpu
 
     tensors = kernel.rows(grad_out), kernel.rows(qkv), out.contiguous(), lse.contiguous()
-    return gpu.backward(*tensors, n_head, dropout_p, seed)
+    return gpu.backward(*tensors, n_head, dropout_p, seed, scale)
 
 
-def _attention_fake(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attention_fake(
+    qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     B, T, H, D = packed_sizes(qkv, n_head)
     check_seed(seed, dropout_p, qkv.device)
     return qkv.new_empty((B, T, H * D)), qkv.new_empty((B, H, T), dtype=lse_dtype(qkv.dtype))
 
 
 def _attention_backward_fake(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, dropout_p: float, seed: Tensor | None
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_head: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float | None = None,
 ) -> Tensor:
     check_backward(grad_out, qkv, out, lse, n_head)
     check_seed(seed, dropout_p, qkv.device)
     return qkv.new_empty(qkv.shape)
 
 
-def _decode_fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _decode_fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     check_decode(q, k, v)
     return q.new_empty(q.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.n_head, ctx.dropout_p, seed = inputs
+    qkv, ctx.n_head, ctx.dropout_p, seed, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(qkv, out, lse, seed)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     qkv, out, lse, seed = ctx.saved_tensors
-    grad = torch.ops.minigpt2.attention_backward(grad_out, qkv, out, lse, ctx.n_head, ctx.dropout_p, seed)
-    return grad, None, None, None
+    settings = (ctx.n_head, ctx.dropout_p, seed, ctx.scale)
+    return torch.ops.minigpt2.attention_backward(grad_out, qkv, out, lse, *settings), None, None, None, None
 
 
 def _no_second_backward(ctx: Any, grad: Tensor) -> None:

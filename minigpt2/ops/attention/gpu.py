@@ -1,6 +1,6 @@
 """Causal multi-head attention on the GPU, in Triton: csrc/attention.cpp's operation, with its dropout mask bit for bit.
 
-The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691). For one head, with S = Q K^T / sqrt(D):
+The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691). For one head, with S = scale * Q K^T:
   forward:    a program has one block of query rows; for each tile of keys on or below the diagonal:
                 m' <- max(m, rowmax S);  P <- exp(S - m');  c <- exp(m - m')
                 l <- c l + rowsum P;  O <- c O + dropout(P) V;  m <- m'
@@ -34,6 +34,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from minigpt2.ops.kernel import checked_scale
 
 
 class Tiles(NamedTuple):
@@ -395,7 +397,13 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def forward(
-    qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None, *, tiles: Tiles | None = None
+    qkv: Tensor,
+    n_head: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float | None = None,
+    *,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operation minigpt2::attention of fused.py, whose arguments these are, checked; seed is on qkv's device.
 
@@ -408,7 +416,7 @@ def forward(
     lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
     tensors = {"qkv": qkv, "out": out, "lse": lse, "seed": seed if dropout_p else None}
     strides = {"stride_batch": qkv.stride(0), "stride_row": qkv.stride(1)}
-    _launch("forward", {**tensors, **strides, **_common(qkv, n_head, dropout_p)}, B * n_head, "ROWS", tiles)
+    _launch("forward", {**tensors, **strides, **_common(qkv, n_head, dropout_p, scale)}, B * n_head, "ROWS", tiles)
     return out, lse
 
 
@@ -420,6 +428,7 @@ def backward(
     n_head: int,
     dropout_p: float,
     seed: Tensor | None,
+    scale: float | None = None,
     *,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> Tensor:
@@ -433,7 +442,7 @@ def backward(
         **{"qkv": qkv, "grad_out": grad_out, "lse": lse, "delta": delta},
         **{"seed": seed if dropout_p else None, "stride_batch": qkv.stride(0), "stride_row": qkv.stride(1)},
         **{"grad_stride_batch": grad_out.stride(0), "grad_stride_row": grad_out.stride(1)},
-        **_common(qkv, n_head, dropout_p),
+        **_common(qkv, n_head, dropout_p, scale),
     }
     of_queries, of_keys = tiles or (None, None)
     heads = lse.shape[0] * n_head
@@ -443,12 +452,12 @@ def backward(
     return grad_qkv
 
 
-def _common(qkv: Tensor, n_head: int, dropout_p: float) -> dict[str, Any]:
+def _common(qkv: Tensor, n_head: int, dropout_p: float, scale: float | None) -> dict[str, Any]:
     T, head_dim = qkv.shape[1], qkv.shape[2] // 3 // n_head
     return {
         "T": T,
         "H": n_head,
-        "scale": 1 / math.sqrt(head_dim),
+        "scale": checked_scale(scale, head_dim),
         "threshold": int(dropout_p * 65536 + 0.5),
         "keep_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
         "LENGTH": min(max(triton.next_power_of_2(T), 128), 4096),  # for the choice of tiles alone

@@ -102,7 +102,8 @@ template <class W> INLINE Vec<Sum<W>> scaled(Vec<Sum<W>> scores, Sum<W> scale) {
 struct Shape {
   int64_t B, T, H;
   int D;
-  double scale() const { return 1 / std::sqrt(double(D)); }
+  double factor;
+  double scale() const { return factor; }  // of the scores
 };
 
 template <class S> struct Head {  // where one head's rows lie
@@ -455,23 +456,23 @@ void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t
 
 }  // namespace
 
-// qkv (B, T, 3 H D); out (B, T, H D) and lse (B, H, T) are contiguous. D is a multiple of 16, up to 256. seed is null
-// without dropout.
+// qkv (B, T, 3 H D); out (B, T, H D) and lse (B, H, T) are contiguous. D is a multiple of 16, up to 256. scale > 0. seed
+// is null without dropout.
 EXPORT int minigpt2_attention(int dtype, int64_t B, int64_t T, int64_t H, int64_t D, const void* qkv,
-                              int64_t batch_stride, int64_t row_stride, void* out, void* lse, double p,
-                              const int64_t* seed) {
+                              int64_t batch_stride, int64_t row_stride, double scale, void* out, void* lse,
+                              double p, const int64_t* seed) {
   return dispatch(dtype, [&]<class S, class A>() {
-    forward<S, A>({B, T, H, int(D)}, qkv, batch_stride, row_stride, out, lse, Dropout(p, seed));
+    forward<S, A>({B, T, H, int(D), scale}, qkv, batch_stride, row_stride, out, lse, Dropout(p, seed));
   });
 }
 
 // grad_qkv is contiguous.
 EXPORT int minigpt2_attention_backward(int dtype, int64_t B, int64_t T, int64_t H, int64_t D, const void* qkv,
-                                       int64_t batch_stride, int64_t row_stride, const void* grad_out,
+                                       int64_t batch_stride, int64_t row_stride, double scale, const void* grad_out,
                                        int64_t grad_out_batch_stride, int64_t grad_out_row_stride, const void* out,
                                        const void* lse, void* grad_qkv, double p, const int64_t* seed) {
   return dispatch(dtype, [&]<class S, class A>() {
-    backward<S, A>({B, T, H, int(D)}, qkv, batch_stride, row_stride, grad_out, grad_out_batch_stride,
+    backward<S, A>({B, T, H, int(D), scale}, qkv, batch_stride, row_stride, grad_out, grad_out_batch_stride,
                    grad_out_row_stride, out, lse, grad_qkv, Dropout(p, seed));
   });
 }

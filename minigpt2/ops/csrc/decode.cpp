@@ -1,4 +1,4 @@
-// Attention of one query over a cache of keys and values, as in generation: softmax(q k^T / sqrt(D)) v.
+// Attention of one query over a cache of keys and values, as in generation: softmax(scale q k^T) v.
 //
 // Keys come in tiles. m, l and O are the running maximum, sum and output of the softmax, as in attention.cpp.
 
@@ -35,10 +35,10 @@ template <class S, class A> INLINE Vec<A> scores(const A* q, const S* k, int64_t
 }
 
 template <class S, class A>
-void decode_head(const S* q, const S* k, int64_t k_stride, const S* v, int64_t v_stride, S* out, int64_t T, int D) {
+void decode_head(const S* q, const S* k, int64_t k_stride, const S* v, int64_t v_stride, S* out, int64_t T, int D,
+                 A scale) {
   constexpr int n = LANES<A>;
   alignas(64) A query[MAX_D], O[MAX_D] = {}, p[KEYS];
-  const A scale = A(1 / std::sqrt(double(D)));
   for (int d = 0; d < D; d += n) store(query + d, load_as<A>(q + d) * scale);
   A m = std::numeric_limits<A>::lowest();
   Vec<A> l{};
@@ -81,16 +81,16 @@ void decode_head(const S* q, const S* k, int64_t k_stride, const S* v, int64_t v
 }  // namespace
 
 // q (B, H, D), k and v (B, H, T, D), out (B, H, D) contiguous; D is a multiple of 16, up to MAX_D.
-EXPORT int minigpt2_decode(int dtype, int64_t B, int64_t T, int64_t H, int64_t D, const void* q, int64_t q_batch,
-                           int64_t q_head, const void* k, int64_t k_batch, int64_t k_head, int64_t k_row, const void* v,
-                           int64_t v_batch, int64_t v_head, int64_t v_row, void* out) {
+EXPORT int minigpt2_decode(int dtype, int64_t B, int64_t T, int64_t H, int64_t D, double scale, const void* q,
+                           int64_t q_batch, int64_t q_head, const void* k, int64_t k_batch, int64_t k_head,
+                           int64_t k_row, const void* v, int64_t v_batch, int64_t v_head, int64_t v_row, void* out) {
   return dispatch(dtype, [&]<class S, class A>() {
     auto head = [&](int64_t h) {
       const int64_t b = h / H, i = h % H;
       decode_head<S, A>(static_cast<const S*>(q) + b * q_batch + i * q_head,
                         static_cast<const S*>(k) + b * k_batch + i * k_head, k_row,
                         static_cast<const S*>(v) + b * v_batch + i * v_head, v_row, static_cast<S*>(out) + h * D, T,
-                        int(D));
+                        int(D), A(scale));
     };
     if (B * H * T * D < 1 << 16)  // a few microseconds: waking the other threads would take as long
       for (int64_t h = 0; h < B * H; h++) head(h);
