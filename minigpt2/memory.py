@@ -5,10 +5,10 @@ R is one residual tensor (batch x length x n_embd elements). A live block keeps 
 
     input of ln_1, its output, qkv (3), attention's output, input of ln_2, its output, c_fc's output (4), GELU's (4)
 
-(the widths of GPT-2; with relu and tanh, whose backward pass reads their result, c_fc's output is not among them)
-and, beside those, the log-sum-exp of attention and the statistics of the LayerNorms. With `recompute="pointwise"` the
-outputs of LayerNorm and GELU are not kept, which leaves 10 R. Dropout keeps a seed. A recomputed segment keeps its
-input, 1 R, and with `"keep-attention"` another R a block.
+and, beside those, the log-sum-exp of attention and the statistics of the LayerNorms. Where relu or tanh stand in the
+place of GELU, which read their result in the backward pass, c_fc's output is not among them. With
+`recompute="pointwise"` the outputs of LayerNorm and GELU are not kept, which leaves 10 R. Dropout keeps a seed. A
+recomputed segment keeps its input, 1 R, and with `"keep-attention"` another R a block.
 
 On the CPU the peak is resident memory. On an accelerator it is what PyTorch counts of its tensors there, such as
 torch.cuda.max_memory_allocated(), and PyTorch's dropout keeps a mask; the driver's context and the holes between blocks
@@ -63,6 +63,9 @@ PACKING = 1.045
 
 # What "auto" leaves of the memory that is free, since a prediction may be so much too low.
 MARGIN = 0.05
+
+# The activations whose backward pass reads what they returned, and not what they were given.
+READ_THEIR_RESULT = ("relu", "tanh")
 
 # Bytes of optimizer state for each byte of a parameter.
 OPTIMIZERS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
@@ -136,7 +139,7 @@ def footprint(
     size.block += inside
     live = (cut[-1].stop - cut[-1].start) * size.block
 
-    weights = size.block_weights * L + size.head_weights + size.other_weights
+    weights = size.block_weights * L + size.head_weights + size.own_head + size.other_weights
     state = OPTIMIZERS[optimizer] * weights
     carried = weights if accumulate > 1 else 0  # gradients of earlier micro-batches
     stack = sum(kept) + live
@@ -146,12 +149,15 @@ def footprint(
     def moments() -> Iterator[int]:
         # The loss: ln_f's output is there too, and one chunk of logits.
         yield carried + activations + size.R + size.chunk
-        # Backward. The head's gradient waits for that of the embedding, with which it is tied, until the end.
-        held, gradients = stack + size.head_weights, carried
+        # Backward. The head's gradient waits for that of the embedding, with which it is tied, until the end; that of
+        # a head of its own is there until the end, or is added to an earlier one at once.
+        head = 0 if carried and size.own_head else size.head_weights
+        held, gradients = stack + head, carried
         for segment, kept_here in zip(reversed(cut), reversed(kept), strict=True):
             n = segment.stop - segment.start
             if segment.recomputed:
-                yield gradients + held + size.R + n * (size.block - kept_attention) + size.forward_extra
+                output = size.R if recompute == "block" else 0  # the others end before it is made
+                yield gradients + held + size.R + n * (size.block - kept_attention) + size.forward_extra + output
             # From here on the segment is live, and gives back a block for each it goes through.
             below = held - (kept_here if segment.recomputed else n * size.block)
             recomputed = segment.recomputed or recompute == "pointwise"
@@ -160,7 +166,7 @@ def footprint(
                 yield gradients + below + (i + 1) * size.block + extra
                 gradients += 0 if carried else size.block_weights
             held = below
-        yield gradients + 2 * size.head_weights + size.other_weights + 2 * size.R  # the embedding's gradient
+        yield gradients + head + size.head_weights + size.other_weights + 2 * size.R  # the embedding's gradient
         yield weights  # the optimizer works in place
 
     tensors = weights + state + max(moments())
@@ -195,8 +201,11 @@ class _Sizes:
         self.attention = self.R + B * config.n_head * T * wide  # output and log-sum-exp
         # Inputs of the two LayerNorms, qkv, attention, c_fc's output ...
         self.block = 5 * self.R + self.attention + act
+        reads_result = not pointwise and config.activation_function in READ_THEIR_RESULT
         if not pointwise:
             self.block += 2 * self.R + act + 2 * self.statistics  # ... and the outputs of LayerNorm and GELU
+        if reads_result:
+            self.block -= act  # c_fc's output
         # On top of what is kept: c_proj's output before it is added, and what the recomputation of GELU made.
         self.forward_extra = self.R + (act if pointwise else 0)
         # The backward pass of a block is largest in its MLP. For the gradient of c_proj's weight there are the
@@ -204,8 +213,9 @@ class _Sizes:
         # outputs of GELU and LayerNorm. After it there is the gradient of GELU's output, which takes the place of that
         # output where it was recomputed; then that of GELU's input, and no longer that of c_proj's output.
         again = 2 * (self.R + self.statistics) if pointwise else 0
-        self.live_backward = 2 * self.R + act
-        self.recomputed_backward = again + self.R + (2 * act if pointwise else act)
+        product = C * inner * e  # the gradient of c_proj's weight
+        self.live_backward = product + max(2 * self.R + act, self.R + 2 * act if reads_result else 0)
+        self.recomputed_backward = product + again + self.R + (2 * act if pointwise or reads_result else act)
         if plain and onednn_serves(B * T * C * inner):
             # Copies of the operands of that product, and its result twice.
             copies = 3 * self.R + act + 2 * C * inner * e
@@ -214,6 +224,7 @@ class _Sizes:
         self.block_weights = (4 * C * C + 2 * C * inner + 9 * C + inner) * e
         self.head_weights = V * C * e
         self.other_weights = (config.n_positions * C + 2 * C) * e
+        self.own_head = 0 if config.tie_word_embeddings else self.head_weights
         rows, width = chunk_shape(B * T, V)
         self.chunk = rows * width * wide + 2 * rows * C * wide
         if plain and onednn_serves(rows * V * C):
