@@ -196,7 +196,8 @@ def test_an_unknown_download_is_one_clear_line(monkeypatch, capsys):
     status, out, err = in_process(monkeypatch, capsys, "download", "gpt3")
     assert (status, out) == (2, "")
     assert err == (
-        "minigpt2: no official weights are called 'gpt3'; there are gpt2, gpt2-medium, gpt2-large, gpt2-xl\n"
+        "minigpt2: 'gpt3' is neither an official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), nor OWNER/NAME, nor a "
+        "folder with weights\n"
     )
 
 

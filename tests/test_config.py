@@ -8,6 +8,8 @@ import pytest
 from transformers import GPT2Config as HFConfig
 
 from minigpt2 import ConfigError, GPT2Config
+from minigpt2.config import ACTIVATIONS
+from minigpt2.ops.activations import activation
 
 # The published config.json of gpt2 (2019), and the keys that other published GPT-2 files of its time carry.
 PUBLISHED = {
@@ -40,20 +42,31 @@ PUBLISHED = {
     "output_hidden_states": False,
     "predict_special_tokens": True,
     "pruned_heads": {},
+    "_num_labels": 1,
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+    "output_past": True,
+    "torchscript": False,
+    "use_bfloat16": False,
+    "xla_device": None,
+    "do_sample": False,
+    "eos_token_ids": 0,
+    "max_length": 20,
+    "num_beams": 1,
+    "pad_token_id": 0,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "_attn_implementation_autoset": True,
 }
 
 UNIMPLEMENTED = [
     ("model_type", "gptj"),
-    ("scale_attn_weights", False),
-    ("scale_attn_by_inverse_layer_idx", True),
     ("add_cross_attention", True),
     ("is_encoder_decoder", True),
     ("cross_attention_hidden_size", 64),
-    ("tie_word_embeddings", False),
     ("pruned_heads", {"0": [1]}),
     ("quantization_config", {"bits": 4}),
-    ("activation_function", "gelu"),
-    ("activation_function", "relu"),
+    ("activation_function", "quick_gelu"),
 ]
 
 
@@ -89,8 +102,8 @@ def test_an_option_that_changes_the_mathematics_is_refused_by_name(key, value):
 
 
 def test_all_problems_are_reported_at_once():
-    options = {"scale_attn_weights": False, "add_cross_attention": True}
-    fields = {"n_embd": 0, "n_head": "12", "resid_pdrop": 1.0, "layer_norm_epsilon": 0, "activation_function": "relu"}
+    options = {"is_encoder_decoder": True, "add_cross_attention": True}
+    fields = {"n_embd": 0, "n_head": "12", "resid_pdrop": 1.0, "layer_norm_epsilon": 0, "activation_function": "mish"}
     with pytest.raises(ConfigError) as error:
         GPT2Config.from_dict(options | fields)
     assert [key for key in options | fields if key not in str(error.value)] == []
@@ -109,6 +122,9 @@ def test_all_problems_are_reported_at_once():
         ("layer_norm_epsilon", float("inf")),
         *[(field, 10**19) for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")],
         ("n_layer", 10**9),
+        *[(f, bad) for f in ("scale_attn_weights", "tie_word_embeddings") for bad in (None, 1, "false")],
+        *[("eos_token_id", bad) for bad in ("50256", [], [1, "2"], 1.0, True)],
+        *[("bos_token_id", bad) for bad in ("50256", [1])],
     ],
 )
 def test_a_field_out_of_range_is_refused_by_name(field, value):
@@ -123,6 +139,42 @@ def test_an_unknown_field_is_refused():
 
 def test_an_inner_width_other_than_four_times_is_kept():
     assert GPT2Config(n_inner=100).inner == 100
+
+
+def test_there_is_a_function_for_every_activation():
+    assert all(callable(activation(name)) for name in ACTIVATIONS)
+
+
+@pytest.mark.parametrize("key", ["n_ctx", "max_position_embeddings"])
+def test_the_context_length_by_another_name(key):
+    others = {name: value for name, value in PUBLISHED.items() if name not in ("n_positions", "n_ctx")}
+    assert GPT2Config.from_dict(others | {key: 64}).n_positions == 64
+    assert GPT2Config.from_dict(others | {"n_ctx": 32, "n_positions": 64}).n_positions == 64
+
+
+def test_fields_by_the_names_that_all_models_of_transformers_have():
+    names = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 64}
+    theirs = HFConfig(**names)
+    assert GPT2Config.from_dict(names) == GPT2Config(n_embd=96, n_layer=2, n_head=3, n_positions=64)
+    assert (theirs.n_embd, theirs.n_layer, theirs.n_head, theirs.n_positions) == (96, 2, 3, 64)
+    with pytest.raises(ConfigError, match="hidden_size=96 contradicts n_embd=64"):
+        GPT2Config.from_dict({"hidden_size": 96, "n_embd": 64})
+
+
+def test_fields_that_are_left_out_have_the_defaults_of_transformers():
+    theirs = HFConfig()
+    assert {f: getattr(theirs, f) for f in dataclasses.asdict(GPT2Config())} == dataclasses.asdict(GPT2Config())
+    assert GPT2Config.from_dict({"n_layer": 3}) == GPT2Config(n_layer=3)
+
+
+def test_several_end_of_text_ids_survive_the_file(tmp_path):
+    config = GPT2Config.from_dict({"eos_token_id": [50256, 11]})
+    assert config.eos_token_ids == config.eos_token_id == (50256, 11)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert GPT2Config.from_file(tmp_path / "config.json") == config
+    assert HFConfig.from_pretrained(tmp_path).eos_token_id == [50256, 11]
+    assert hash(config) == hash(config.replace())
+    assert (GPT2Config().eos_token_ids, GPT2Config(eos_token_id=None).eos_token_ids) == ((50256,), ())
 
 
 def test_an_unknown_key_is_named_in_one_warning():

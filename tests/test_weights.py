@@ -184,7 +184,21 @@ def test_defaults_of_torch_leave_loading_and_saving_alone(folder, official, tmp_
 
 def test_an_untied_head_is_refused(folder, official):
     rewrite(folder, official | {"lm_head.weight": official["wte.weight"] + 1})
-    assert "lm_head.weight differs from wte.weight" in problems_of(folder)
+    assert "lm_head.weight differs from wte.weight; a head of its own is loaded with tie_word" in problems_of(folder)
+    model = GPT2.from_pretrained(folder, tie_word_embeddings=False)
+    assert torch.equal(model.head, official["wte.weight"] + 1)
+
+
+def test_a_head_of_its_own_that_is_missing_is_named(folder):
+    with pytest.raises(WeightsError, match=r"lm_head\.weight \(503, 64\) is missing"):
+        GPT2.from_pretrained(folder, tie_word_embeddings=False)
+
+
+def test_weights_that_are_pickled_are_refused_with_what_to_do(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    text = problems_of(folder)
+    assert "it holds config.json, generation_config.json, pytorch_model.bin" in text
+    assert f"GPT2LMHeadModel.from_pretrained('{folder}').save_pretrained(" in text
 
 
 def test_a_head_with_a_nan_may_be_tied(folder, official):
@@ -572,6 +586,18 @@ def test_a_vocabulary_grows(tiny_model, tmp_path):
     assert same(GPT2.from_pretrained(tmp_path), dict(tiny_model.named_parameters()))
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
     torch.testing.assert_close(theirs(IDS).logits, after, rtol=1e-5, atol=1e-4)
+
+
+def test_a_vocabulary_with_a_head_of_its_own_grows(tiny_config, tmp_path):
+    model = GPT2(tiny_config.replace(tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        before = model(IDS)
+        model.resize_vocabulary(510)
+        torch.testing.assert_close(model(IDS)[..., :503], before)
+        torch.testing.assert_close(model(IDS)[..., 503:], before.mean(-1, keepdim=True).expand(-1, -1, 7))
+    model.save_pretrained(tmp_path)
+    assert same(GPT2.from_pretrained(tmp_path), dict(model.named_parameters()))
+    torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path)(IDS).logits, model(IDS), rtol=1e-5, atol=1e-4)
 
 
 def test_a_vocabulary_shrinks_and_an_embedding_resized_by_hand_is_kept(tiny_model):
