@@ -46,7 +46,8 @@ def generate(
     $ minigpt2 generate --model gpt2 --prompt "Once upon a time"
 
     Args:
-        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the Hugging Face hub, or a folder, such as that of
+            a training run.
         prompt: The text to continue; '' begins a new one. Default: what comes from standard input; on a terminal you
             type texts for the model to continue, until Ctrl-D.
         file: Continue the text of this file instead, without the newline at its end; - is standard input.
@@ -93,7 +94,8 @@ def evaluate(
     $ minigpt2 eval --model gpt2 --data book.txt
 
     Args:
-        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the Hugging Face hub, or a folder, such as that of
+            a training run.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin), such as val.bin of `minigpt2 prepare`.
         stride: The text is read in windows; this many tokens lie from one to the next. Fewer are slower, and give the
             model more context. Default: half the length.
@@ -137,7 +139,7 @@ def parity(
     """Compare with transformers on the same files: PASS, or the first module that differs and exit status 1.
 
     Args:
-        model: An official name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder with weights.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the Hugging Face hub, or a folder with weights.
         dtype: Of both. The finer it is, the smaller a fault may be to be seen.
         attention: Attention backend of minigpt2; that of transformers is eager.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin). Default: Python's standard library.
@@ -183,11 +185,11 @@ def prepare(
 
 
 def download(name: Annotated[str, tyro.conf.Positional]) -> None:
-    """Fetch OpenAI's weights into weights/NAME and check them.
+    """Fetch a model of the Hugging Face hub into weights/NAME and check it.
     $ minigpt2 download gpt2
 
     Args:
-        name: gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+        name: gpt2, gpt2-medium, gpt2-large, gpt2-xl or OWNER/NAME; OWNER/NAME@REVISION is a commit, branch or tag.
     """
     from minigpt2.weights import download
 

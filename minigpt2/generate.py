@@ -293,11 +293,12 @@ def stream_text(
     UTF-8, become the replacement character."""
     from minigpt2.tokenizer import END_OF_TEXT, token_bytes
 
-    settings = {"eos_token_id": END_OF_TEXT, "generator": generator, **sampling}
+    ends = model.config.eos_token_ids or (END_OF_TEXT,)
+    settings = {"eos_token_id": ends, "generator": generator, **sampling}
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     for token in stream(model, torch.tensor([ids], device=model.wte.weight.device), max_new_tokens, **settings):
         ids.append(int(token))
-        if ids[-1] != END_OF_TEXT:
+        if ids[-1] not in ends:
             yield decoder.decode(token_bytes(ids[-1]))
     yield decoder.decode(b"", final=True)
 

@@ -1,4 +1,5 @@
-"""Official weights over HTTP, from a server on this machine that answers as the Hugging Face hub does."""
+"""Models of the hub: over HTTP, from a server on this machine that answers as the Hugging Face hub does, and from a
+cache of huggingface_hub."""
 
 import hashlib
 import os
@@ -9,8 +10,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+from transformers import GPT2LMHeadModel
 
-from minigpt2.weights import OFFICIAL, WeightsError, download
+from minigpt2 import GPT2, ConfigError
+from minigpt2.weights import OFFICIAL, WeightsError, download, find_folder
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -22,6 +26,13 @@ from pathlib import Path
 from minigpt2 import GPT2, weights
 from minigpt2.__main__ import main
 
+def said(call, *names):
+    for name in names:
+        try:
+            call(name)
+        except ValueError as error:
+            print(error)
+
 time.sleep = lambda seconds: None
 root, revision, size, sha256, statement = sys.argv[1:6]
 weights.weights_root = lambda: Path(root)
@@ -32,7 +43,8 @@ sys.exit(eval(statement))
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` at /openai-community/gpt2/resolve/REVISION/; cuts off what `breaks` after half of it."""
+    """Serves `files` at /openai-community/gpt2/resolve/REVISION/, and at branch main of somebody/small; cuts off what
+    `breaks` after half of it."""
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -55,10 +67,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body):
         folder, _, name = self.path.rpartition("/")
-        contents = self.server.files.get(name)
-        if contents is None or folder != f"/openai-community/gpt2/resolve/{REVISION}":
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
+        contents, error = self.server.files.get(name), "EntryNotFound"
+        served = {f"/openai-community/gpt2/resolve/{REVISION}"}
+        served |= {f"/somebody/small/resolve/{revision}" for revision in ("main", "v1", REVISION)}
+        if folder not in served:
+            error = {"gated": "GatedRepo", "small": "RevisionNotFound"}.get(folder.split("/")[2], "RepoNotFound")
+        if contents is None or folder not in served:
+            self.send_response(403 if error == "GatedRepo" else 404)
+            self.send_header("X-Error-Code", error)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -160,9 +176,12 @@ def test_a_download_that_was_spoiled_since_is_noticed(monkeypatch, tmp_path):
     assert (tmp_path / "gpt2/model.safetensors").exists()
 
 
-def test_other_names_are_refused():
-    with pytest.raises(WeightsError, match=r"'gpt3'; there are gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
-        download("gpt3")
+@pytest.mark.parametrize("name", ["gpt3", "a/b/c", "../gpt2", "a/", "/a", "", "a/b@", "gpt2@"])
+def test_other_names_are_refused(name):
+    with pytest.raises(
+        WeightsError, match=f"^{re.escape(repr(name))} (is neither an official name|must be followed by)"
+    ):
+        download(name)
 
 
 def test_a_wrong_digest_is_refused_and_the_next_download_starts_anew(drive, hub, tmp_path):
@@ -235,3 +254,112 @@ def test_without_a_network_the_error_is_one_clear_line(drive):
     assert result.returncode == 2
     assert result.stderr.startswith("minigpt2: gpt2: could not be fetched")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_model_of_anybody_is_fetched_with_its_tokenizer(drive, hub, hf_tiny, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        hub.files[name] = name.encode()
+        hub.etags[name] = f'"{name}"'
+    statement = "print(*(GPT2.from_pretrained(n).config.n_embd for n in ('somebody/small', 'somebody/small@v1')))"
+    assert drive(statement).stdout == "64 64\n"
+    kept = {path.name for path in (tmp_path / "hf_home").rglob("snapshots/*/*")}
+    assert kept == {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
+    hub.files.clear()
+    assert drive(statement, HF_HUB_OFFLINE="1").stdout == "64 64\n"
+
+
+def test_a_model_of_anybody_is_downloaded(drive, tmp_path):
+    result = drive("weights.download('somebody/small') and print(GPT2.from_pretrained('somebody/small').config.n_embd)")
+    assert (result.stdout, result.returncode) == ("64\n", 0)
+    assert listing(tmp_path / "weights/somebody") == ["small", "small/config.json", "small/model.safetensors"]
+
+
+def test_what_the_hub_does_not_give_is_one_clear_line_each(drive, hub):
+    del hub.files["model.safetensors"]
+    names = ("somebody/gated", "nobody/small", "somebody/small@v2", "somebody/small")
+    result = drive(f"said(GPT2.from_pretrained, *{names})")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4
+    for name, line, reason in zip(
+        names,
+        lines,
+        (
+            "it is gated: accept its terms at https://huggingface.co/somebody/gated",
+            "there is no such repository on the hub, or it is private",
+            "the repository has no such revision",
+            "A pytorch_model.bin is a pickle, which can run any code, and is not read; convert it once",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"{name}: no folder here, and could not be fetched from {name.partition('@')[0]}")
+        assert reason in line
+
+
+@pytest.fixture
+def cached(hf_tiny, tmp_path, monkeypatch):
+    """Put files into a cache laid out as huggingface_hub's; the tests are offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("minigpt2.weights.weights_root", lambda: tmp_path / "weights")
+
+    def cached(repository, files, commit=REVISION, ref="main"):
+        folder = tmp_path / f"models--{repository.replace('/', '--')}"
+        for name, contents in files.items():
+            path = folder / "snapshots" / commit / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(contents)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / ref).write_text(commit)
+
+    return cached
+
+
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_cached_model_by_its_names_and_revisions(cached, hf_tiny, tmp_path):
+    files = contents_of(hf_tiny)
+    cached("distilbert/distilgpt2", files)
+    cached("distilbert/distilgpt2", files | {"config.json": b"{}"}, "f" * 40, "odd")
+    for name in ("distilgpt2", "distilbert/distilgpt2", f"distilbert/distilgpt2@{REVISION}", "distilgpt2@main"):
+        assert GPT2.from_pretrained(name).config.n_embd == 64
+    assert GPT2.from_pretrained("distilgpt2", revision="main").config.n_embd == 64
+    for name, revision in (("distilgpt2@odd", None), ("distilgpt2", "f" * 40)):
+        with pytest.raises(WeightsError, match="is missing"):
+            GPT2.from_pretrained(name, revision=revision)
+    with pytest.raises(WeightsError, match="'distilgpt2@odd' must be followed by one revision"):
+        GPT2.from_pretrained("distilgpt2@odd", revision="main")
+    with pytest.raises(WeightsError, match="is a folder here"):
+        GPT2.from_pretrained(hf_tiny, revision="main")
+    assert find_folder("distilgpt2") == tmp_path / f"models--distilbert--distilgpt2/snapshots/{REVISION}"
+
+
+def test_a_cached_model_in_shards(cached, hf_tiny, tmp_path):
+    GPT2LMHeadModel.from_pretrained(hf_tiny).save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    files = contents_of(tmp_path / "shards")
+    assert len(files) > 4
+    cached("somebody/large", files)
+    found = GPT2.from_pretrained("somebody/large").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in GPT2.from_pretrained(hf_tiny).state_dict().items())
+    cached("somebody/partial", {name: files[name] for name in files if "00002" not in name})
+    with pytest.raises(WeightsError, match=r"HF_HUB_OFFLINE is set, and the cache of huggingface_hub.* does not hold"):
+        GPT2.from_pretrained("somebody/partial")
+
+
+def test_what_is_not_in_the_cache_is_one_clear_line(cached):
+    with pytest.raises(
+        WeightsError, match=r"^no/model: no folder here, and could not be fetched from no/model: HF_HUB"
+    ):
+        GPT2.from_pretrained("no/model")
+    cached("some/llama", {"config.json": b'{"model_type": "llama"}'})
+    with pytest.raises(ConfigError, match="model_type='llama' is not implemented"):
+        GPT2.from_pretrained("some/llama")
+
+
+def test_an_official_name_may_have_another_revision(cached, hf_tiny):
+    cached("openai-community/gpt2", contents_of(hf_tiny))
+    assert GPT2.from_pretrained("gpt2@main").config.n_embd == 64
+    with pytest.raises(
+        WeightsError, match=r"^gpt2: could not be fetched from openai-community/gpt2 at 607a30d7: HF_HUB"
+    ):
+        GPT2.from_pretrained("gpt2")

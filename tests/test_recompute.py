@@ -232,20 +232,23 @@ def test_modules_that_draw_random_numbers_everywhere() -> None:
     check_every_mode(model)
 
 
-def test_peft_with_dropout() -> None:
-    """Its layers are made for Linear and for transformers' Conv1D, whose layout of weights is ours."""
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_peft(dropout: float) -> None:
+    """As the README says: PEFT's layers are made for Linear and for transformers' Conv1D, whose layout is ours."""
     peft = pytest.importorskip("peft")
-    from peft.tuners.lora import Linear
 
     config = peft.LoraConfig(
-        target_modules=["c_attn", "c_fc"], lora_dropout=0.3, fan_in_fan_out=True, init_lora_weights=False
+        target_modules=["c_attn"], lora_dropout=dropout, fan_in_fan_out=True, init_lora_weights=False
     )
-    config._register_custom_module({Projection: Linear})
+    config._register_custom_module({Projection: peft.tuners.lora.Linear})
     model = make_model()
     adapted = peft.get_peft_model(model, config)
-    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 2 * L
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 2 * L
     check_every_mode(model)
+    before = [p.detach().clone() for p in trained]
+    torch.optim.SGD(trained, lr=1.0).step()
+    assert not any(map(torch.equal, before, trained))
 
 
 FROZEN = {
