@@ -66,8 +66,7 @@ class TrainConfig:
     keep: int = 2
     """Snapshots to keep: the newest."""
     init: Annotated[str | None, optional("MODEL")] = None
-    """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, or a folder.
-    Default: a fresh model."""
+    """Start from these weights: gpt2 or a larger one, OWNER/NAME on the hub, or a folder. Default: a fresh model."""
     n_layer: int = 6
     """Blocks of a fresh model."""
     n_head: int = 6
