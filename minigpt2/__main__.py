@@ -151,7 +151,7 @@ def parity(
     $ minigpt2 parity gpt2
 
     Args:
-        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder, such as that of a training run.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the Hugging Face hub, or a folder with weights.
         dtype: Of both. The finer it is, the smaller a fault may be to be seen.
         attention: What computes attention in minigpt2: auto, eager, sdpa or fused; in transformers it is eager.
         data: UTF-8 text, a file or a folder of files; or a token file (.bin). Default: Python's standard library.
