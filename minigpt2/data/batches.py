@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minigpt2.data.documents import DataError
-from minigpt2.data.prepare import META, TRAIN, VALIDATION, check_tokenizer, prepare
+from minigpt2.data.prepare import TRAIN, VALIDATION, check_tokenizer, prepare
 from minigpt2.files import errors_name
 from minigpt2.tokenizer import Tokenizer
 
 __all__ = [
+    "ORDER",
     "Batches",
     "Corpus",
     "DataError",
@@ -35,6 +36,9 @@ __all__ = [
 ]
 
 Tokens = NDArray[np.uint16]
+
+ORDER = "windows permuted by the seed and the epoch, NumPy PCG64"
+"""The name of the order in which `Batches` reads, which a snapshot keeps: change it whenever the order changes."""
 
 
 class Corpus(NamedTuple):
@@ -63,19 +67,20 @@ def open_corpus(
     path: str | Path | None, folder: str | Path, *, tokenizer: Tokenizer | None = None, progress: bool = False
 ) -> Corpus:
     """The token files in `path`; or the text under `path` (see documents.read_pieces), tokenised into `folder` unless
-    that was done before. Either way the tokens stay on disk. Raises TokenizerError where they are of another tokenizer
-    than the one given; none given makes tokens of text with OpenAI's, and takes the files of any."""
+    that was done before; what is there of something else is an error. Either way the tokens stay on disk. Raises
+    TokenizerError where they are of another tokenizer than the one given; none given makes tokens of text with
+    OpenAI's, and takes the files of any."""
     if is_token_folder(path):
         folder = Path(path or "")
-    elif not (Path(folder) / META).exists():
+    else:
         prepare(path, folder, tokenizer=tokenizer, progress=progress)
     if tokenizer is not None:
         check_tokenizer(Path(folder), tokenizer)
     return Corpus(open_tokens(Path(folder) / TRAIN), open_tokens(Path(folder) / VALIDATION))
 
 
-def fingerprint(tokens: Tokens) -> str:
-    """A digest of the number of tokens and of 256 stretches of them: enough to notice another corpus."""
+def fingerprint(tokens: NDArray[Any]) -> str:
+    """A digest of the number of tokens, or of other numbers, and of 256 stretches of them: enough to notice others."""
     digest = hashlib.sha256(str(len(tokens)).encode())
     for start in np.linspace(0, max(0, len(tokens) - 64), 256).astype(np.int64).tolist():
         digest.update(tokens[start : start + 64].tobytes())
