@@ -303,6 +303,12 @@ def check_changes(config: TrainConfig, record: Record | None) -> None:
     if record is None:
         return
     changes(record.config, config)
+    if (
+        config.data is not None
+        and not config.data.exists()
+        and (record.tokens is None or config.data != record.config.data)
+    ):
+        raise DataError(f"{config.data}: no such file or folder; say with --data where the data of the run is now")
     now, before = config.init, record.config.init
     if now == before or (now is not None and before is not None and _same_place(Path(now), Path(before))):
         return
