@@ -41,6 +41,7 @@ from minigpt2.hub import (
     verify,
 )
 from minigpt2.model import GPT2
+from minigpt2.run_folder import SNAPSHOT_WEIGHTS, weights_of
 from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["OFFICIAL", "WeightsError", "download", "from_pretrained", "resize_vocabulary", "save_pretrained"]
@@ -81,12 +82,13 @@ def from_pretrained(
     """Load a model, on the CPU and in evaluation mode, with its parameters converted to `dtype`: float16, bfloat16,
     float32 or float64, as a torch.dtype or by name.
 
-    `name_or_path` is a folder that holds config.json and model.safetensors, whole or in shards with an index, or a
-    model of the Hugging Face hub: `OWNER/NAME`, or an official name (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`),
-    whose commit is pinned. It is looked for in `weights/NAME` and else fetched into the shared cache of
-    huggingface_hub. `revision`, or `OWNER/NAME@REVISION`, is a commit, branch or tag of it. Tensors may have the
-    prefixes of transformers, DDP, FSDP, torch.compile and Lightning. `config_overrides` replace fields of config.json,
-    such as `attn_pdrop=0.0`.
+    `name_or_path` is a folder that holds config.json and model.safetensors, whole or in shards with an index; the
+    folder of a run of train.py, finished or not, or of one of its snapshots (see run_folder.weights_of); or a model of
+    the Hugging Face hub: `OWNER/NAME`, or an official name (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`), whose
+    commit is pinned. It is looked for in `weights/NAME` and else fetched into the shared cache of huggingface_hub.
+    `revision`, or `OWNER/NAME@REVISION`, is a commit, branch or tag of it. Tensors may have the prefixes of
+    transformers, DDP, FSDP, torch.compile and Lightning. `config_overrides` replace fields of config.json, such as
+    `attn_pdrop=0.0`.
 
     Raises WeightsError or ConfigError (ValueErrors) with everything that does not fit.
     """
@@ -271,8 +273,9 @@ def read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[t
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: model.safetensors, or the shards that the index names."""
     present = {path.name for path in folder.iterdir()}
-    if WEIGHTS_FILE in present:
-        return [folder / WEIGHTS_FILE]
+    for name in (WEIGHTS_FILE, SNAPSHOT_WEIGHTS):
+        if name in present:
+            return [folder / name]
     index = folder / INDEX_FILE
     if INDEX_FILE not in present:
         raise WeightsError(
@@ -294,7 +297,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     if name not in OFFICIAL and path.is_dir():
         if revision is not None:
             raise WeightsError(f"revision {revision!r} is for a model of the hub, and {name!r} is a folder here")
-        return path
+        return weights_of(path)
     source = source_of(name, revision)
     if revision is None and (weights_root() / name).is_dir():
         return weights_root() / name

@@ -14,7 +14,7 @@ LAYERS = [
     {"torch_private"},
     {"config", "command_line", "device", "extras", "files", "machine", "progress"},
     {"hub", "ops", "tokenizer"},
-    {"recompute", "loss", "inputs", "tokenizer_files"},
+    {"recompute", "loss", "inputs", "tokenizer_files", "run_folder"},
     {"data", "model"},
     {"weights", "generate", "memory"},
     {"evaluate", "parity", "console"},

@@ -29,7 +29,8 @@ def make_inputs(folder: Path, n_tokens: int = 40_000) -> list[str]:
     """Write initial weights and token files into `folder`; return the settings of train.py that name them."""
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_layer=3, n_head=2, n_embd=16)
-    GPT2(config.replace(bos_token_id=None, eos_token_id=None)).save_pretrained(folder / "init")
+    no_dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
+    GPT2(config.replace(bos_token_id=None, eos_token_id=None, **no_dropout)).save_pretrained(folder / "init")
     rng = np.random.default_rng(2)
     # Each token is a function of the last one, one time in four random: something to learn, with a floor.
     tokens = [0]

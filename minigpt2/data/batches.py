@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from minigpt2.files import errors_name
 from minigpt2.tokenizer import Tokenizer
 
 __all__ = [
+    "ORDER",
     "Batches",
     "Corpus",
     "DataError",
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 Tokens = NDArray[np.uint16]
+
+ORDER = "windows permuted by the seed and the epoch, NumPy PCG64"
+"""The name of the order in which `Batches` reads, which a snapshot keeps: change it whenever the order changes."""
 
 
 class Corpus(NamedTuple):
@@ -99,8 +103,8 @@ def check_enough(corpus: Corpus, batch: int, length: int, world: int = 1) -> Non
     raise DataError(f"{message}; with this data --batch {fitting} --length {shorter} would do")
 
 
-def fingerprint(tokens: Tokens) -> str:
-    """A digest of the number of tokens and of 256 stretches of them: enough to notice another corpus."""
+def fingerprint(tokens: NDArray[Any]) -> str:
+    """A digest of the number of tokens, or of other numbers, and of 256 stretches of them: enough to notice others."""
     digest = hashlib.sha256(str(len(tokens)).encode())
     for start in np.linspace(0, max(0, len(tokens) - 64), 256).astype(np.int64).tolist():
         digest.update(tokens[start : start + 64].tobytes())

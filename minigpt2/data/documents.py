@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
+from minigpt2.command_line import optional
 from minigpt2.extras import import_extra
 from minigpt2.files import errors_name
 
@@ -72,11 +73,11 @@ class NotText(DataError):
 class TextOptions:
     """How files are read as documents."""
 
-    separator: str | None = None
+    separator: Annotated[str | None, optional("TEXT")] = None
     """Text between the documents of one file, such as '<|endoftext|>'. Default: a file is one document."""
-    encoding: str | None = None
+    encoding: Annotated[str | None, optional("NAME")] = None
     """Encoding of the files that are not UTF-8, such as cp1252. A file with a byte-order mark needs none."""
-    field: str | None = None
+    field: Annotated[str | None, optional("NAME")] = None
     """Field of JSON lines, or column of Parquet files, that holds the text. Default: text. A pipe is read as JSON lines
     where this is given."""
     allow_left_out: bool = False

@@ -6,7 +6,7 @@ import functools
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -18,8 +18,12 @@ from minigpt2.generate import NonFiniteError
 __all__ = ["NonFiniteError", "Stop", "first_nonfinite", "stop_on_signals"]
 
 
+# Those that the system has: batch systems send SIGUSR1 or SIGTERM before the end of a job, terminals SIGHUP.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
 class Stop:
-    """Whether SIGINT or SIGTERM asked the run to stop."""
+    """Whether a signal asked the run to stop."""
 
     signal: int = 0
     """The signal, or 0."""
@@ -27,17 +31,19 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Inside, SIGINT and SIGTERM only set `.signal`, which the loop reads when its step is done. A second SIGINT
-    interrupts at once."""
+    """Inside, the SIGNALS only set `.signal`, which the loop reads when its step is done. A second SIGINT interrupts at
+    once. One that was ignored stays so, as SIGHUP is under nohup."""
     stop = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = stop.signal or number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving a snapshot", file=sys.stderr)
+        with suppress(OSError):  # after SIGHUP there may be no terminal
+            print(f"\n{signal.Signals(number).name}: finishing this step, then saving a snapshot", file=sys.stderr)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield stop
     finally:

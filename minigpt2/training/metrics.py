@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -77,7 +78,7 @@ class Metrics:
         rows = [row for row in read_rows(self._path) if row["step"] <= step]
         with atomic_write(self._path) as new:
             new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        self._before = float(rows[-1]["seconds"]) if rows else 0.0
+        self._before = max((row.get("seconds") or 0.0 for row in rows), default=0.0)
         self._file = self._path.open("a", encoding="utf-8")
         if settings.get("tensorboard"):
             writer = import_extra("tensorboard", TRACKERS["tensorboard"], "--tensorboard").SummaryWriter
@@ -172,11 +173,17 @@ class Steps(Progress):
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, none if there is no file. A last line that a kill cut short is left out."""
+    """The rows of a metrics file, none if there is no file. Lines that are none, as a kill or a crash of the machine
+    leaves them, are left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                found.append(row)
+    return found
 
 
 def plot_losses(folder: Path) -> str:
@@ -188,7 +195,7 @@ def plot_losses(folder: Path) -> str:
         return str(error)
     rows = read_rows(folder / FILE)
     axes = (figure := drawing.Figure(figsize=(8, 5), layout="constrained")).subplots()
-    trained = [(row["tokens"], row["loss"]) for row in rows if row["loss"] is not None]
+    trained = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
     validated = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
     if rows and rows[0].get("val_loss_before") is not None:
         validated.insert(0, (0, rows[0]["val_loss_before"]))

@@ -1,29 +1,29 @@
 """Snapshots: training state on disk that survives a crash at any instant. Knows nothing of the model.
 
 A snapshot is a folder, `step-00000120`, with groups of tensors in safetensors (`weights.safetensors`,
-`optimizer.safetensors`, ...), everything else in `state.json`, and the size and SHA-256 of each file in
-`manifest.json`. It is written under a hidden name, flushed to disk and renamed, so a folder of that name is complete or
-not there; the digests catch what happens to it afterwards. Nothing is pickled.
+`optimizer.safetensors`, ...), the model's config.json, everything else in `state.json`, and the size and SHA-256 of
+each file in `manifest.json`; minigpt2/run_folder.py reads it. It is written under a hidden name, flushed to disk and
+renamed, so a folder of that name is complete or not there; the digests catch what happens to it afterwards. Nothing is
+pickled.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minigpt2.files import flush, sha256_of
+from minigpt2.run_folder import FORMAT, MANIFEST, STATE, Snapshot, SnapshotError, candidates, newest
 
 __all__ = [
     "Snapshot",
@@ -39,41 +39,19 @@ __all__ = [
     "weight_tensors",
 ]
 
-FORMAT = "minigpt2 snapshot 1"
-MANIFEST, STATE = "manifest.json", "state.json"
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-class SnapshotError(ValueError):
-    """A snapshot that cannot be written, is damaged, or does not fit. Names the file and what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A snapshot whose digests were verified."""
-
-    path: Path
-    step: int
-    state: dict[str, Any]
-    """What was saved as `state`: JSON values."""
-
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """The tensors of a group, on the CPU, in memory of their own. Raises SnapshotError where there are none."""
-        try:
-            with safe_open(self.path / f"{group}.safetensors", framework="pt") as file:
-                # clone: a view of the mapped file lies at any address, and the rounding of some CPU kernels depends on
-                # the alignment of their operands.
-                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise SnapshotError(f"{self.path / group}.safetensors: {error}") from None
-
 
 def save(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 0
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int = 0,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `root`/step-NNNNNNNN and return it; then delete all but the newest `keep` up to this step (0: none).
 
-    tensors: for each group, its named tensors, of any dtype and device. state: JSON values. Raises SnapshotError when
+    tensors: for each group, its named tensors, of any dtype and device. state: JSON values. config: what config.json
+    is to say, which makes the folder one that weights can be loaded from. Raises SnapshotError when
     the disk refuses; what was there before is untouched, and no half of a snapshot is left.
     """
     final = root / f"step-{step:08d}"
@@ -85,6 +63,8 @@ def save(
         for group, named in tensors.items():
             save_file({name: t.detach().contiguous() for name, t in named.items()}, temporary / f"{group}.safetensors")
         _write_json(temporary / STATE, {"step": step, **state})
+        if config is not None:
+            _write_json(temporary / "config.json", config)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
         }
@@ -98,7 +78,7 @@ def save(
             _hide(final)
         temporary.rename(final)
         flush(root)
-        for path in [p for n, p in _candidates(root) if n <= step][keep:] if keep else []:
+        for path in [p for n, p in candidates(root) if n <= step][keep:] if keep else []:
             _hide(path)
         _delete_hidden(root)
     except (OSError, SafetensorError) as error:
@@ -123,60 +103,6 @@ def _delete_hidden(root: Path) -> None:
     writes to a folder."""
     for path in root.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def newest(root: Path) -> tuple[Snapshot | None, list[str]]:
-    """The newest snapshot under `root` that verifies, if there is one, and why each newer one was passed over."""
-    passed_over: list[str] = []
-    for step, path in _candidates(root):
-        try:
-            return _verified(path, step), passed_over
-        except SnapshotError as error:
-            passed_over.append(str(error))
-    return None, passed_over
-
-
-def _candidates(root: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the folders that look like snapshots, newest first."""
-    if not root.is_dir():
-        return []
-    found = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-
-def _verified(path: Path, step: int) -> Snapshot:
-    manifest = _read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise SnapshotError(f"{path / MANIFEST}: format is {manifest.get('format')!r}, expected {FORMAT!r}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or STATE not in files:
-        raise SnapshotError(f"{path / MANIFEST}: lists no {STATE}")
-    for name, expected in files.items():
-        file = path / name
-        if not isinstance(expected, dict) or not file.is_file():
-            raise SnapshotError(f"{file}: missing")
-        if file.stat().st_size != expected.get("bytes"):
-            raise SnapshotError(f"{file}: {file.stat().st_size} bytes, expected {expected.get('bytes')}")
-        try:
-            digest = sha256_of(file)
-        except OSError as error:
-            raise SnapshotError(f"{file}: cannot be read: {error}") from None
-        if digest != expected.get("sha256"):
-            raise SnapshotError(f"{file}: its SHA-256 is not the one in {MANIFEST}: damaged")
-    state = _read_json(path / STATE)
-    if state.get("step") != step:
-        raise SnapshotError(f"{path}: the folder says step {step}, its {STATE} says {state.get('step')}")
-    return Snapshot(path, step, state)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SnapshotError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise SnapshotError(f"{path}: expected a JSON object")
-    return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from minigpt2.data.batches import Batches, fingerprint
+from minigpt2.data.batches import ORDER, Batches, fingerprint
 from minigpt2.model import GPT2
 from minigpt2.tokenizer import Tokenizer
 from minigpt2.training import snapshot
 from minigpt2.training.parallel import Processes
 
-__all__ = ["RunState", "seed_of"]
+__all__ = ["RunState", "check_order", "seed_of"]
 
 
 class RunState:
@@ -44,6 +45,8 @@ class RunState:
         self.step = 0
         self.tokens = 0
         self.val_loss = self.best = math.inf
+        self.stale = 0
+        """Validations in a row that were no better than the best."""
         self.saved_step = -1
         """The step of the last snapshot."""
 
@@ -63,8 +66,9 @@ class RunState:
             self.tokenizer.save(folder, self.model.config.n_positions)
 
     def save(self, root: Path, keep: int) -> None:
-        """Take a snapshot, unless this step has one, and keep the newest `keep`. Every process must call this."""
-        if self.step == self.saved_step:
+        """Take a snapshot, unless this step has one, and keep the newest `keep`. Weights that are not finite, with
+        which no run can go on, give none. Every process must call this."""
+        if self.step == self.saved_step or not self.weights_are_finite():
             return
         main = self.processes.main
         tensors = {
@@ -78,49 +82,45 @@ class RunState:
                 "epoch": epoch,
                 "window": window,
                 "fingerprint": self.corpus_fingerprint,
+                "order": ORDER,
                 "tokenizer": self.made_by,
             },
             "tokens": self.tokens,
             "val_loss": self.val_loss,
             "best_val_loss": self.best,
+            "stale": self.stale,
             "scaler": self.scaler.state_dict(),
             "random": self.processes.gather(snapshot.random_state(self.device)),
         }
         if main:
-            snapshot.save(root, self.step, tensors, state, keep)
+            snapshot.save(root, self.step, tensors, state, keep, self.model.config.to_dict())
         self.processes.wait()
         self.saved_step = self.step
 
-    def resume(self, root: Path, may_differ: Collection[str]) -> list[str]:
-        """Go on from the newest intact snapshot under `root`; there is nothing to do where there was none yet. Returns
-        what to tell the user. Raises SnapshotError if all of them are damaged, or as `restore` does."""
-        found, passed_over = snapshot.newest(root)
-        if found is not None:
-            self.restore(found, may_differ)
-        elif passed_over:
-            raise snapshot.SnapshotError(f"{root} has no intact snapshot: {'; '.join(passed_over)}")
-        said = f"resuming from {found.path if found else 'the beginning: the run had no snapshot yet'}"
-        return [*(f"passed over: {reason}" for reason in passed_over), said]
+    def weights_are_finite(self) -> bool:
+        """Whether every weight is finite. Every process must call this."""
+        largest = nn.utils.get_total_norm([p.detach() for p in self.model.parameters()], norm_type=math.inf)
+        return math.isfinite(float(snapshot.full_tensor(largest)))
 
-    def restore(self, saved: snapshot.Snapshot, may_differ: Collection[str]) -> None:
-        """Go on from a snapshot. Raises SnapshotError, with nothing changed, if it is of other data or if settings
-        other than `may_differ` differ."""
-        state, now = saved.state, self.settings
-        differ = [name for name in now if name not in may_differ and state["config"].get(name) != now[name]]
-        problems = [f"{name} {state['config'].get(name)} there, {now[name]} here" for name in differ]
-        if state["data"]["fingerprint"] != self.corpus_fingerprint:
-            problems.append("the training tokens are not the same")
-        made_by = state["data"].get("tokenizer")
+    def restore(self, saved: snapshot.Snapshot, earlier: Collection[str] = ()) -> None:
+        """Go on from a snapshot; from the next epoch if it is of other data, which must be among the `earlier`
+        fingerprints. Raises SnapshotError, with nothing changed, if it is of any other, or of another tokenizer."""
+        state, data = saved.state, saved.state["data"]
+        same = data["fingerprint"] == self.corpus_fingerprint
+        if not same and data["fingerprint"] not in earlier:
+            raise snapshot.SnapshotError(f"{saved.path}: the training tokens are not the same")
+        made_by = data.get("tokenizer")
         if made_by and self.made_by and made_by != self.made_by:
-            problems.append(f"tokenizer {made_by} there, {self.made_by} here")
-        if problems:
-            raise snapshot.SnapshotError(f"{saved.path} is of another configuration: {'; '.join(problems)}")
+            raise snapshot.SnapshotError(f"{saved.path}: tokenizer {made_by} there, {self.made_by} here")
         snapshot.load_weights(self.model, saved.tensors("weights"))
         snapshot.load_optimizer(self.model, self.optimizer, saved.tensors("optimizer"))
-        self.scaler.load_state_dict(state["scaler"])
-        self.batches.position = state["data"]["epoch"] * self.batches.windows + state["data"]["window"]
+        if state["scaler"]:  # else the run had another precision, which needs none
+            self.scaler.load_state_dict(state["scaler"])
+        epoch, window = (data["epoch"], data["window"]) if same else (data["epoch"] + 1, 0)
+        self.batches.position = epoch * self.batches.windows + window
         self.step = self.saved_step = saved.step
         self.tokens, self.val_loss, self.best = state["tokens"], state["val_loss"], state["best_val_loss"]
+        self.stale = state["stale"]
         if self.processes.rank < len(state["random"]):
             snapshot.set_random_state(state["random"][self.processes.rank], self.device)
         else:  # more processes than there were: a state that none of them had
@@ -130,3 +130,12 @@ class RunState:
 def seed_of(*numbers: int) -> int:
     """One seed out of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def check_order(saved: snapshot.Snapshot) -> None:
+    """Raise SnapshotError if a version of minigpt2 with another order of the data made the snapshot."""
+    if (order := saved.state["data"].get("order")) != ORDER:
+        raise snapshot.SnapshotError(
+            f"{saved.path} reads its data in another order ({order or 'one without a name'}) than this version "
+            f"({ORDER}): go on with the version of minigpt2 that made it, or begin a new run with --init"
+        )

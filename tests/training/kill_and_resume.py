@@ -1,15 +1,19 @@
-"""Kill a run at random instants, resume it each time, and compare it with the run that nobody disturbed.
+"""Kill a run at random instants, start the same command again each time, as a batch system does, and compare it with
+the run that nobody disturbed.
 
     python tests/training/kill_and_resume.py --kills 50
+    python tests/training/kill_and_resume.py --kills 50 --text --steps 6
 
 Prints where the kills fell and exits with 1 if a loss, a gradient norm or a weight differs in one bit. Snapshots are
-taken at every step, so that many kills fall into one.
+taken at every step, so that many kills fall into one. With --text the run begins with a text to tokenise, every kill
+but the last falls on a run of its own, and they are spread evenly from its first instant on to its last.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,9 +27,8 @@ from tiny_runs import arguments, command, environment, launch, make_inputs, outc
 
 def start(settings: list[str], out: Path) -> subprocess.Popen[bytes]:
     """Begin the run in `out`, or go on with it."""
-    resume = ["--resume"] if (out / "train_config.json").exists() else settings
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command(*resume, "--out", str(out)), env=environment(), **quiet)
+    return subprocess.Popen(command(*settings, "--resume", "--out", str(out)), env=environment(), **quiet)
 
 
 def wait_for_metrics(process: subprocess.Popen[bytes], out: Path, timeout: float = 60) -> None:
@@ -68,14 +71,54 @@ def kill_and_resume(settings: list[str], folder: Path, kills: int, seed: int) ->
     return starting, inside, ended
 
 
+def kill_at_every_instant(settings: list[str], folder: Path, kills: int) -> int:
+    """Kill as many runs, each at another instant, evenly spread from the first on over the time that a whole run takes,
+    and start the same command again: each must end like the undisturbed one. Returns how many had begun no run yet."""
+    began = time.perf_counter()
+    launch(*settings, "--out", str(folder / "reference"))
+    seconds = time.perf_counter() - began
+    expected, unbegun = outcome(folder / "reference"), 0
+    for k in range(kills):
+        out = folder / f"killed-{k}"
+        process = start(settings, out)
+        try:
+            process.wait(seconds * k / kills)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        unbegun += not (out / "train_config.json").exists()
+        launch(*settings, "--resume", "--out", str(out))
+        assert outcome(out) == expected, (
+            f"{out}, killed after {seconds * k / kills:.2f} s, differs from the undisturbed"
+        )
+        shutil.rmtree(out)
+    return unbegun
+
+
+def text_settings(folder: Path, steps: int) -> list[str]:
+    """Write a text of some 100 kB; the settings of a tiny run on it."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(300)]
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(2000)))
+    settings = {"data": folder / "text.txt", "n_layer": 1, "n_head": 1, "n_embd": 8, "length": 16, "batch": 2}
+    return arguments(settings | {"eval_every": 2, "eval_batches": 1, "snapshot_every": 1, "max_steps": steps})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=2)
+    parser.add_argument("--text", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
+        if options.text:
+            unbegun = kill_at_every_instant(text_settings(Path(name), options.steps), Path(name), options.kills)
+            print(
+                f"{options.kills} kills, {unbegun} of them before the run had begun; all ended as the undisturbed run"
+            )
+            return 0
         settings = make_inputs(Path(name))
         settings += arguments({"dropout": 0.1, "accumulate": 2, "checkpoint_every": options.checkpoint_every})
         settings += arguments({"snapshot_every": 1, "max_steps": options.steps, "seed": options.seed})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_and_resume import kill_and_resume
+from kill_and_resume import kill_and_resume, kill_at_every_instant, text_settings
 from tiny_runs import arguments, curve, outcome, run_here
 
 import train
@@ -70,10 +70,10 @@ def test_fp16_keeps_its_scale(run, at_step, tmp_path: Path) -> None:
     assert state["scaler"]["_growth_tracker"] == 10
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step(run, whole, at_step, tmp_path: Path, number: int, status: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_finishes_the_step(run, whole, at_step, tmp_path: Path, number: int) -> None:
     at_step(7, lambda trainer: os.kill(os.getpid(), number))
-    assert "finishing this step" in run(tmp_path, status=status)
+    assert "finishing this step" in run(tmp_path, status=128 + number)
     assert len(curve(tmp_path)) == 7
     assert (tmp_path / "snapshots" / "step-00000007").is_dir()
     assert "step-00000007" in run(tmp_path, resume=True)
@@ -83,6 +83,10 @@ def test_a_signal_finishes_the_step(run, whole, at_step, tmp_path: Path, number:
 def test_sigkill(inputs: list[str], tmp_path: Path) -> None:
     settings = [*inputs, *arguments(SETTINGS | {"snapshot_every": 1, "max_steps": 40})]
     kill_and_resume(settings, tmp_path, kills=2, seed=3)
+
+
+def test_sigkill_from_the_first_instant_on(tmp_path: Path) -> None:
+    kill_at_every_instant(text_settings(tmp_path, steps=4), tmp_path, kills=3)
 
 
 def test_a_damaged_snapshot_is_passed_over(run, whole, at_step, tmp_path: Path) -> None:
@@ -124,19 +128,21 @@ def test_an_older_snapshot_has_states_of_more_random_generators(run, whole, at_s
     assert outcome(tmp_path) == whole
 
 
-def test_a_run_killed_before_its_first_snapshot_starts_again(run, tmp_path: Path) -> None:
-    run(tmp_path, max_steps=5, snapshot_every=0)
+def test_a_run_killed_before_its_first_snapshot_starts_again(run, whole, at_step, tmp_path: Path) -> None:
+    at_step(4, crash)
+    with pytest.raises(Crash):
+        run(tmp_path, snapshot_every=0)
     assert not (tmp_path / "snapshots").exists()
-    before = outcome(tmp_path)
     assert "from the beginning" in run(tmp_path, resume=True)
-    assert outcome(tmp_path) == before
+    assert outcome(tmp_path) == whole
 
 
 def test_another_configuration(run, tmp_path: Path) -> None:
     run(tmp_path, max_steps=5)
     before = sorted(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
-    error = run(tmp_path, resume=True, lr=1.0, batch=8, status=2)
-    assert "another configuration: batch 4 there, 8 here; lr 0.005 there, 1.0 here" in error
+    error = run(tmp_path, resume=True, lr=1.0, length=16, status=2)
+    assert "--length 16 cannot change in a run, which has 32: the order in which the run reads its tokens" in error
+    assert f"--init {tmp_path} --out NEW" in error
     assert len([line for line in error.splitlines() if "train.py" in line]) == 1
     assert before == sorted(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
@@ -150,11 +156,6 @@ def test_another_corpus(run, inputs: list[str], tmp_path: Path) -> None:
         assert "the training tokens are not the same" in run(tmp_path, resume=True, status=2)
     finally:
         tokens.write_bytes(contents)
-
-
-def test_nothing_to_resume(run, tmp_path: Path) -> None:
-    assert "holds no run" in run(tmp_path / "absent", resume=True, status=2)
-    assert not (tmp_path / "absent").exists()
 
 
 def test_the_disk_fills_in_the_middle(run, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

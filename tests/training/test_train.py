@@ -88,8 +88,11 @@ def test_the_same_settings_give_the_same_losses_bit_for_bit(finished: tuple[Path
     assert losses(tmp_path / "other") != losses(finished[0])
 
 
-def test_fine_tuning_starts_from_the_weights(finished: tuple[Path, str], fresh, tmp_path: Path) -> None:
-    fresh(tmp_path / "tuned", init=finished[0], max_steps=1)
+def test_fine_tuning_starts_from_the_weights(finished: tuple[Path, str], text: Path, tmp_path: Path) -> None:
+    settings = {"init": finished[0], "max_steps": 1, "data": text, "batch": 4}
+    printed = run_here(*arguments(settings | {"out": tmp_path / "tuned"}))
+    assert "--dropout that of the weights, --length 16, --lr 0.0001" in printed
+    assert "leave out --n-layer" in run_here(*arguments(settings | {"out": tmp_path / "a", "n_layer": 2}), status=2)
     before, after = rows(tmp_path / "tuned")[0]["val_loss_before"], rows(finished[0])[-1]["val_loss"]
     assert before == pytest.approx(after, abs=0.05)
 
@@ -105,7 +108,7 @@ def test_accumulation_gives_the_step_of_one_large_batch(fresh, tmp_path: Path) -
 
 def test_a_memory_budget_chooses_the_fastest_notch_that_fits(fresh, tmp_path: Path) -> None:
     assert "checkpoint_every=0, recompute='block'" in fresh(tmp_path, max_steps=1, memory_budget="100GiB")
-    config = train.TrainConfig(n_layer=4, n_head=2, n_embd=64, batch=64, length=64)
+    config = train.TrainConfig(n_layer=4, n_head=2, n_embd=64, batch=64, length=64).resolved()
     free = train.make_model(config, torch.device("cpu"))
     found = memory.notches(free.config, 64, 64)
     budget = resident_bytes() + (found[0].peak + found[-1].peak) // 2
@@ -135,7 +138,7 @@ def test_learning_rate_schedule() -> None:
 
 
 def test_decay_is_on_matrices_only() -> None:
-    config = train.TrainConfig(n_layer=1, n_head=1, n_embd=8, length=8)
+    config = train.TrainConfig(n_layer=1, n_head=1, n_embd=8, length=8).resolved()
     model = train.make_model(config, torch.device("cpu"))
     decayed, free = train.make_optimizer(model, config).param_groups
     assert decayed["weight_decay"] == 0.1
@@ -154,7 +157,8 @@ def test_decay_is_on_matrices_only() -> None:
         ({"n_head": 3}, "n_embd must be a multiple of n_head"),
         ({"attention": "magic"}, "attention backend must be one of"),
         ({"data": "nowhere.txt"}, "nowhere.txt: no such file or folder"),
-        ({"init": "nowhere"}, "'nowhere' is neither an official name"),
+        ({"init": "nowhere"}, "--init brings its own shape; leave out --n-layer, --n-head, --n-embd"),
+        ({"new_data": True}, "--new-data is for --resume"),
         ({"memory_budget": "1MiB"}, "nothing fits 1MiB: the least is "),
         ({"memory_budget": "much"}, "expected an amount of memory such as 4GiB"),
         ({"memory_budget": "4GiB", "checkpoint_every": 1}, "--memory-budget chooses --checkpoint-every"),

@@ -1,0 +1,225 @@
+"""The settings of a run: what they are, what they are where none are given, and which may change in the middle."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from minigpt2.command_line import optional
+from minigpt2.data.batches import Corpus
+from minigpt2.data.documents import TextOptions, check_options
+from minigpt2.training.metrics import check_trackers
+
+__all__ = ["SHAPE", "TrainConfig", "changes", "chosen", "command", "flag"]
+
+SHAPE = ("n_layer", "n_head", "n_embd")
+
+# What is taken where nothing is given.
+FROM_SCRATCH: dict[str, Any] = {"n_layer": 6, "n_head": 6, "n_embd": 192, "dropout": 0.0, "length": 256}
+FROM_SCRATCH |= {"lr": 2e-3, "warmup": 10, "weight_decay": 0.1}
+# A rate that is right for new weights can undo good ones before it improves them. Measured with 4 blocks of width 128
+# after 200 steps on Python's sources, then on Shakespeare, 40 steps of 8 x 128 tokens, warm-up 10, no decay:
+# from 8.60, 1e-4 came to 7.91, 3e-4 to 7.41 and 2e-3 to 6.04, all of them better at every validation. Such distant text
+# wants the higher rates; the lowest is taken because weights of OpenAI, and text near what a model knows, do not.
+FINE_TUNING: dict[str, Any] = {"lr": 1e-4, "warmup": 10, "weight_decay": 0.0}
+
+# What a run never changes, with the reason, which is also what the message says.
+_SHAPE = "the model has its shape"
+_ORDER = "the order in which the run reads its tokens follows from it"
+FIXED = dict.fromkeys(SHAPE, _SHAPE) | {"length": _ORDER, "seed": _ORDER}
+# What is about one start of the program, not about the run; --data and --init are compared by what they hold.
+APART = {"out", "resume", "new_data", "data", "init"}
+# What decides the tokens of a text, and changes with it alone.
+OF_TEXT = {"separator", "encoding", "field"}
+
+
+@dataclass(frozen=True)
+class TrainConfig(TextOptions):
+    """Train a GPT-2 from scratch, or fine-tune one with --init.
+    $ minigpt2 train --data texts/ --out runs/first
+    $ minigpt2 train --data texts/ --init gpt2 --out runs/tuned"""
+
+    data: Annotated[Path | None, optional("PATH")] = None
+    """Text, JSON lines or Parquet, plain or compressed, in a file, a folder of files or a pipe; or a folder of tokens
+    from `minigpt2 prepare`. Default: the Python standard library's own sources."""
+    out: Annotated[Path | None, optional("FOLDER")] = None
+    """Run folder, which must not hold a run yet unless --resume is given. Default: a new folder under runs/, named by
+    the time."""
+    resume: bool = False
+    """Continue the run in --out from its newest intact snapshot, with the settings that it had and those given now;
+    begin it if there is none yet. So the same command may be started again and again."""
+    new_data: bool = False
+    """With --resume: go on with what --data holds now, though it is not what the run has read, from a new epoch."""
+    snapshot_every: int = 100
+    """Steps between snapshots; there is one before the first step and one at the end. 0: only when a signal comes."""
+    keep: int = 2
+    """Snapshots to keep: the newest."""
+    init: Annotated[str | None, optional("MODEL")] = None
+    """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, or a folder: of weights,
+    of a run, finished or not, or of a snapshot. Default: a fresh model."""
+    n_layer: Annotated[int | None, optional("INT")] = None
+    """Blocks of a fresh model. Default: 6."""
+    n_head: Annotated[int | None, optional("INT")] = None
+    """Attention heads of a fresh model. Default: 6."""
+    n_embd: Annotated[int | None, optional("INT")] = None
+    """Width of a fresh model. Default: 192."""
+    dropout: Annotated[float | None, optional("FLOAT")] = None
+    """All three dropouts: embedding, residual, attention. OpenAI trained with 0.1. Default: 0; with --init, those
+    of its config.json."""
+    batch: int = 8
+    """Sequences in a micro-batch, shared evenly by the processes."""
+    length: Annotated[int | None, optional("INT")] = None
+    """Tokens in a sequence; also the context length of a fresh model. Default: 256; with --init, its context length, or
+    what the data has."""
+    accumulate: int = 1
+    """Micro-batches in a step, which has the gradients of one batch n times as large."""
+    max_steps: int = 150
+    """Optimizer steps."""
+    lr: Annotated[float | None, optional("FLOAT")] = None
+    """Peak learning rate; a cosine brings it down to a tenth. Default: 2e-3; with --init 1e-4."""
+    warmup: Annotated[int | None, optional("INT")] = None
+    """Steps of linear warm-up to the peak learning rate. Default: 10."""
+    weight_decay: Annotated[float | None, optional("FLOAT")] = None
+    """AdamW's decay, on matrices only. Default: 0.1; with --init 0."""
+    clip: float = 1.0
+    """Clip the norm of the gradient to this; 0 is off."""
+    checkpoint_every: int = 0
+    """Recomputation: 0 is off; k = 1..n_layer keeps one activation every k blocks and recomputes n_layer - k."""
+    recompute: str = "block"
+    """What a recomputed block keeps: block, keep-attention or pointwise."""
+    memory_budget: Annotated[str | None, optional("AMOUNT")] = None
+    """Choose the two settings above: the fastest within, say, 4GiB of memory (on CUDA, of tensors); auto: all that is
+    free to this process, its control group's limit included. Default: the two are as they are given."""
+    tune_allocator: bool = True
+    """Keep and pack the memory of CPU tensors (minigpt2/ops/allocator.py), instead of leaving it to the C library."""
+    attention: str = "auto"
+    """Attention backend: auto, eager, sdpa or fused."""
+    compile: bool = False
+    """Compile the model's part of a training step with torch.compile; not with fsdp."""
+    eval_every: int = 50
+    """Steps between validations; there is one before the first step and one after the last in any case."""
+    eval_batches: int = 8
+    """Batches of a validation."""
+    early_stop: int = 0
+    """End the run when this many validations in a row have brought no better loss; 0 is off."""
+    seed: int = 0
+    """Decides initial weights, dropout and the order of the data."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, mps, or auto: the best there is."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What matrix products are computed in; weights, optimizer and sums stay float32. fp16 scales the loss."""
+    parallel: Annotated[Literal["ddp", "fsdp"] | None, optional("{ddp,fsdp}")] = None
+    """What torchrun's processes share: ddp, the work; fsdp, also weights, gradients and optimizer. Default: ddp."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about a loss or gradient that is not finite: stop, with a snapshot from before, or skip the step."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, in the run folder's tb/. Needs pip install 'minigpt2[tensorboard]'."""
+    wandb: bool = False
+    """Show the metrics on Weights & Biases too, project $WANDB_PROJECT. Needs pip install 'minigpt2[wandb]'."""
+
+    def check(self) -> None:
+        """Raise ValueError with every setting that is out of range."""
+        problems = []
+        at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch", "length", "accumulate", "max_steps"), 1)
+        at_least |= dict.fromkeys(("eval_every", "eval_batches", "keep"), 1)
+        at_least |= dict.fromkeys(("snapshot_every", "warmup", "seed", "weight_decay", "clip", "lr", "early_stop"), 0)
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                problems.append(f"{flag(name)} must be >= {least}, got {value}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            problems.append(f"--dropout must be in [0, 1), got {self.dropout}")
+        if self.resume and self.out is None:
+            problems.append("--resume needs --out, the folder of the run to continue")
+        if self.new_data and not self.resume:
+            problems.append("--new-data is for --resume: a run that begins takes --data as it is")
+        shape = [flag(name) for name in SHAPE if getattr(self, name) is not None]
+        if self.init is not None and shape:
+            problems.append(f"--init brings its own shape; leave out {', '.join(shape)}")
+        if self.memory_budget is not None and (self.checkpoint_every or self.recompute != "block"):
+            problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it alone")
+        if problems := problems or check_trackers(self.to_json()):
+            raise ValueError("; ".join(problems))
+        check_options(self)
+
+    def resolved(self) -> TrainConfig:
+        """These settings, with those that were not given chosen: all but the `length` and the `dropout` of a run that
+        has `init`, which follow from its weights."""
+        chosen = FROM_SCRATCH if self.init is None else FINE_TUNING
+        return dataclasses.replace(self, **{k: v for k, v in chosen.items() if getattr(self, k) is None})
+
+    def with_length(self, most: int, corpus: Corpus) -> TrainConfig:
+        """These settings with a length: where none was given, `most`, or what the data has for a batch and a
+        validation."""
+        there = min(most, len(corpus.validation) - 1, (len(corpus.train) - 1) // self.batch)
+        return self if self.length is not None else dataclasses.replace(self, length=max(1, there))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def flag(name: str) -> str:
+    """A setting as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def chosen(given: TrainConfig, config: TrainConfig) -> str:
+    """Those settings that were not given, with what was chosen, in one line."""
+    names = [
+        name for name in FROM_SCRATCH if getattr(given, name) is None and (config.init is None or name not in SHAPE)
+    ]
+    found = {name: getattr(config, name) for name in names}
+    return ", ".join(f"{flag(n)} {'that of the weights' if value is None else value}" for n, value in found.items())
+
+
+def changes(before: TrainConfig, now: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """What is otherwise than it was in a run, as name: (before, now). Raises ValueError, with what to do instead, if it
+    cannot change."""
+    names = [field.name for field in dataclasses.fields(now) if field.name not in APART | {"parallel"}]
+    differ = {n: (getattr(before, n), getattr(now, n)) for n in names if getattr(before, n) != getattr(now, n)}
+    problems = []
+    for name, (old, new) in differ.items():
+        if name in FIXED:
+            problems.append(f"{flag(name)} {new} cannot change in a run, which has {old}: {FIXED[name]}")
+        elif name in OF_TEXT and not now.new_data:
+            problems.append(
+                f"{flag(name)} {new} makes other tokens than the run's, with {old}: add --new-data for them"
+            )
+    if any(name in FIXED for name in differ):
+        new_run = command("--init", before.out, "--out", "NEW")
+        problems.append(f"leave that out, or begin a new run, from this one's weights ({new_run} ...) or from scratch")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return differ
+
+
+def command(*settings: object, program: str | None = None) -> str:
+    """A command line that can be pasted: this program, as it was started, or another verb of minigpt2, with
+    `settings`."""
+    if program is not None:
+        words = ["minigpt2"] if shutil.which("minigpt2") else [_python(), "-m", "minigpt2"]
+        words.append(program)
+    elif sys.argv[0] == "minigpt2 train":  # see minigpt2/__main__.py
+        words = ["minigpt2", "train"] if "-m" not in sys.orig_argv[:-1] else [_python(), "-m", "minigpt2", "train"]
+    else:
+        words = [_python(), sys.argv[0]]
+    if program is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        words = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"], *words[words[0] == _python() :]]
+        if words[3:] == ["minigpt2", "train"]:
+            words.insert(3, "-m")
+    return shlex.join([*words, *map(str, settings)])
+
+
+def _python() -> str:
+    """The interpreter by its name, if that finds it."""
+    found = shutil.which("python")
+    same = found is not None and Path(found).resolve() == Path(sys.executable).resolve()
+    return "python" if same else sys.executable
