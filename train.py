@@ -42,7 +42,7 @@ from minigpt2.training.guards import NonFiniteError, stop_on_signals
 from minigpt2.training.metrics import Metrics, Speedometer, Steps, check_trackers, plot_losses
 from minigpt2.training.parallel import Processes, distribute, started
 from minigpt2.training.state import RunState, seed_of
-from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_loss, save_weights
+from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, fastest_precision, mean_loss, save_weights
 from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 
@@ -112,8 +112,8 @@ class TrainConfig:
     """Decides initial weights, dropout and the order of the data."""
     device: str = "auto"
     """cpu, cuda, cuda:N, mps, or auto: the best there is."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What matrix products are computed in; weights, optimizer and sums stay float32. fp16 scales the loss."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """What products are computed in (auto: the fastest here); weights and sums stay float32. fp16 scales the loss."""
     parallel: Annotated[Literal["ddp", "fsdp"] | None, optional("{ddp,fsdp}")] = None
     """What torchrun's processes share: ddp, the work; fsdp, also weights, gradients and optimizer. Default: ddp."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -176,12 +176,12 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        budget, step = memory.parse_budget(config.memory_budget, device.type), (config.batch, config.length)
-        found = memory.notches(model.config, *step, accumulate=config.accumulate, device=device.type)
-        chosen = memory.fastest_that_fits(found, budget, baseline)
+        step = {name: getattr(config, name) for name in ("batch", "length", "accumulate", "precision")}
+        found, budget = memory.notches(model.config, **step, device=device.type), config.memory_budget
+        chosen = memory.fastest_that_fits(found, allowed := memory.parse_budget(budget, device.type), baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        expected, allowed = memory.format_bytes(chosen.peak + baseline), memory.format_bytes(budget)
-        print(f"{chosen.dials}: {expected} expected of {allowed}")
+        expected = memory.format_bytes(chosen.peak + baseline)
+        print(f"{chosen.dials}: {expected} expected of {memory.format_bytes(allowed)}")
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
@@ -314,6 +314,8 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
     if config.parallel and not processes.torchrun:
         raise ValueError(f"--parallel {config.parallel} needs torchrun --nproc-per-node N -m minigpt2 train ...")
     config = dataclasses.replace(config, parallel=config.parallel or ("ddp" if processes.torchrun else None))
+    if config.precision == "auto":
+        config = dataclasses.replace(config, precision=fastest_precision(processes.device)[0])
     out = config.out or Path(processes.gather(time.strftime("runs/%Y%m%d-%H%M%S"))[0])
     if not config.resume and ((out / SETTINGS).exists() or (out / "metrics.jsonl").exists()):
         raise ValueError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")
@@ -345,7 +347,7 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     processes.wait()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    many = f" x {processes.world} ({config.parallel})" if processes.world > 1 else ""
+    many = (f" x {processes.world} ({config.parallel})" if processes.world > 1 else "") + f", {config.precision}"
     source = config.data or "the Python standard library's own sources"
     trainer.say(f"{size} on {processes.device}{many}, attention {config.attention}, run folder {out}")
     trainer.say(f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens from {source}")

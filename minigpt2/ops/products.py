@@ -1,13 +1,14 @@
 """The model's matrix products: which library makes them.
 
-torch.addmm and torch.mm serve everything; bfloat16 they hand to oneDNN themselves, which takes the best instructions that
-the processor has (AMX, AVX512_BF16, or float32's). Two cases on a CPU have something faster:
+torch.addmm and torch.mm serve everything; bfloat16 they hand to oneDNN themselves, which takes the best instructions
+that the processor has (AMX, AVX512_BF16, or float32's). Two cases on a CPU have something faster:
 
-- *float32 on AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the vector units
-  lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the time
-  (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
-- *Few rows* of float32 or bfloat16, as in generation, where the time goes into reading the weights. The compiled kernel (csrc/products.cpp)
-  reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate` says how near).
+- *float32 on AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the
+  vector units lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the
+  time (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
+- *Few rows* of float32 or bfloat16, as in generation, where the time goes into reading the weights. The compiled kernel
+  (csrc/products.cpp) reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate`
+  says how near).
 
 The choice depends on the processor and on sizes alone: it is the same in every run on a machine.
 """
@@ -141,8 +142,8 @@ def onednn_serves(multiplications: int, *operands: Tensor) -> bool:
 
 
 def _plain(*operands: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether these are tensors of this dtype on the CPU as they seem: not compiled, not transformed, not of a subclass,
-    not under autocast."""
+    """Whether these are tensors of this dtype on the CPU as they seem: not compiled, not transformed, not of a
+    subclass, not under autocast."""
     return (
         _as_they_seem(*operands)
         and all(t.dtype == dtype for t in operands)
@@ -170,8 +171,8 @@ def _as_they_seem(*operands: Tensor) -> bool:
 
 
 class _Kept(torch.autograd.Function):
-    """The backward pass of x @ weight + bias, where a weight may be wider than x. Its forward returns a tensor of the product's shape without memory of its
-    own, which _Filled replaces by the product.
+    """The backward pass of x @ weight + bias, where a weight may be wider than x. Its forward returns a tensor of
+    the product's shape without memory of its own, which _Filled replaces by the product.
 
     In two parts because a function has kept its tensors when its forward is done, and a recomputation ends when all are
     kept: so the product itself is not made a second time. PyTorch's own products are like that.
@@ -186,13 +187,15 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        weight = None if weight is None else weight.to(grad.dtype)  # that of autocast
         want_x, want_weight, want_bias = ctx.needs_input_grad
         twice = torch.is_grad_enabled()  # whether this is to be differentiated in its turn, which oneDNN's are not
         # The weight's gradient first: an x that was recomputed, and copies of it, make room for the gradient of x.
         grad_weight = (x.t() @ grad if twice else weight_gradient(x, grad)) if want_weight else None
         del x
-        grad_x = (grad @ weight.t() if twice else multiply(grad, weight.t())) if want_x else None
+        grad_x = None
+        if want_x:
+            right = weight.to(grad.dtype).t()  # in autocast's dtype
+            grad_x = grad @ right if twice else multiply(grad, right)
         return grad_x, grad_weight, grad.sum(0) if want_bias else None
 
 
