@@ -43,7 +43,7 @@ from minigpt2.training.metrics import Metrics, Speedometer, Steps, plot_losses
 from minigpt2.training.parallel import Processes, distribute, started
 from minigpt2.training.settings import SHAPE, TrainConfig, chosen, command
 from minigpt2.training.state import RunState, seed_of
-from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_loss, save_weights
+from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, fastest_precision, mean_loss, save_weights
 from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 
@@ -78,12 +78,13 @@ def make_model(config: TrainConfig, device: torch.device, saved: Path | None = N
     if length > model.config.n_positions:
         raise ValueError(f"--length {length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        budget, step = memory.parse_budget(config.memory_budget, device.type), (config.batch, length)
-        found = memory.notches(model.config, *step, accumulate=config.accumulate, device=device.type)
-        chosen = memory.fastest_that_fits(found, budget, baseline)
+        step: dict[str, Any] = {"batch": config.batch, "length": length, "accumulate": config.accumulate}
+        found = memory.notches(model.config, **step, precision=config.precision, device=device.type)
+        allowed = memory.parse_budget(config.memory_budget, device.type)
+        chosen = memory.fastest_that_fits(found, allowed, baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        expected, allowed = memory.format_bytes(chosen.peak + baseline), memory.format_bytes(budget)
-        print(f"{chosen.dials}: {expected} expected of {allowed}")
+        expected = memory.format_bytes(chosen.peak + baseline)
+        print(f"{chosen.dials}: {expected} expected of {memory.format_bytes(allowed)}")
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
@@ -252,6 +253,8 @@ def set_up(
     config = dataclasses.replace(config, parallel=config.parallel or ("ddp" if processes.torchrun else None))
     saved, said = folder.start_of(config, record, out)
     given, config = config, config.resolved()
+    if config.precision == "auto":
+        config = dataclasses.replace(config, precision=fastest_precision(processes.device)[0])
     if config.tune_allocator and processes.device.type == "cpu":
         said.append(tune_allocator())
     torch.manual_seed(config.seed)
@@ -283,7 +286,7 @@ def set_up(
         folder.write(out, record)
     processes.wait()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    many = f" x {processes.world} ({config.parallel})" if processes.world > 1 else ""
+    many = (f" x {processes.world} ({config.parallel})" if processes.world > 1 else "") + f", {config.precision}"
     source = config.data or "the Python standard library's own sources"
     said.append(f"{size} on {processes.device}{many}, attention {config.attention}, run folder {out}")
     said.append(f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens from {source}")

@@ -157,12 +157,11 @@ def _linear_cross_entropy(
     chunk_size, width = chunk_shape(tokens, vocab, chunk_size)
     onednn = onednn_serves(chunk_size * head.numel(), hidden, head)  # which allocates the logits itself, unpadded
 
-    # All chunks share this memory. In lower precision the products also need a copy of a chunk in their dtype and a
-    # place for its share of the weight's gradient, which is summed in float32.
+    # All chunks share this memory. In lower precision the products also need a copy of a chunk in their dtype, and the
+    # weight's gradient is summed in float32.
     padded = hidden.new_empty(0 if onednn else chunk_size, width, dtype=wide)
     narrow = padded if dtype == wide else torch.empty_like(padded, dtype=dtype)
     weight_sum = grad_weight if grad_weight.dtype == wide else torch.empty_like(grad_weight, dtype=wide)
-    share = torch.empty_like(grad_weight, dtype=dtype) if dtype != wide else None
     weight_sum = weight_sum if tokens else weight_sum.zero_()  # without tokens no chunk writes it
     for start in range(0, tokens, max(1, chunk_size)):
         chunk = slice(start, start + chunk_size)
@@ -192,11 +191,7 @@ def _linear_cross_entropy(
         if want_weight:
             # To scale the inputs (n, C) rather than d (n, V) saves a pass over the chunk.
             scaled = (inputs * factor).to(dtype)
-            if share is None:
-                add_transposed_product(weight_sum, operand, scaled, first=start == 0)
-            else:
-                torch.mm(operand.t(), scaled, out=share)
-                weight_sum.add_(share) if start else weight_sum.copy_(share)
+            add_transposed_product(weight_sum, operand, scaled, first=start == 0)
     losses.masked_fill_(~counts, 0)
     grad_weight = grad_weight if grad_weight is weight_sum else grad_weight.copy_(weight_sum)
     return losses.sum() if total else losses, grad_hidden, grad_weight

@@ -8,7 +8,9 @@ R is one residual tensor (batch x length x n_embd elements). A live block keeps 
 and, beside those, the log-sum-exp of attention and the statistics of the LayerNorms. Where relu or tanh stand in the
 place of GELU, which read their result in the backward pass, c_fc's output is not among them. With
 `recompute="pointwise"` the outputs of LayerNorm and GELU are not kept, which leaves 10 R. Dropout keeps a seed. A
-recomputed segment keeps its input, 1 R, and with `"keep-attention"` another R a block.
+recomputed segment keeps its input, 1 R, and with `"keep-attention"` another R a block. Under
+autocast all of these but the inputs of the LayerNorms are half as large; weights, their gradients, the optimizer's
+state and the residual stream stay float32.
 
 On the CPU the peak is resident memory. On an accelerator it is what PyTorch counts of its tensors there, such as
 torch.cuda.max_memory_allocated(), and PyTorch's dropout keeps a mask; the driver's context and the holes between blocks
@@ -67,6 +69,8 @@ MARGIN = 0.05
 # The activations whose backward pass reads what they returned, and not what they were given.
 READ_THEIR_RESULT = ("relu", "tanh")
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+
 # Bytes of optimizer state for each byte of a parameter.
 OPTIMIZERS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
 
@@ -109,23 +113,30 @@ def footprint(
     *,
     checkpoint_every: int = 0,
     recompute: str = "block",
-    dtype: torch.dtype = torch.float32,
+    precision: str = "fp32",
     optimizer: str = "adamw",
     accumulate: int = 1,
     device: str = "cpu",
 ) -> Footprint:
-    """Predict a step of `batch` sequences of `length` tokens, in a micro-batch, with weights and activations of `dtype`
-    and attention in one operation (`"fused"`, or `"sdpa"` where it does not materialise T x T), on a type of device.
+    """Predict a step of `batch` sequences of `length` tokens, in a micro-batch, with float32 weights, products in
+    `precision` (fp32, bf16 or fp16) and attention in one operation (`"fused"`, or `"sdpa"` where it does not
+    materialise T x T), on a type of device.
 
-    Raises ValueError for settings out of range.
+    Raises ValueError for settings out of range, and for fp16 on a CPU, where attention keeps all T x T scores.
     """
     k, L = check_checkpoint_every(checkpoint_every, config.n_layer), config.n_layer
     if batch < 1 or not 1 <= length <= config.n_positions:
         raise ValueError(f"batch must be >= 1 and length 1 to n_positions={config.n_positions}, got {batch}, {length}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    pointwise, plain = check_recompute(recompute) == "pointwise", device == "cpu" and dtype == torch.float32
-    size = _Sizes(config, batch, length, dtype.itemsize, pointwise=pointwise, plain=plain)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "fp16" and device == "cpu":
+        raise ValueError(
+            "the memory of fp16 on a CPU is not predicted: attention keeps all T x T scores there; take bf16"
+        )
+    pointwise = check_recompute(recompute) == "pointwise"
+    size = _Sizes(config, batch, length, precision != "fp32", pointwise=pointwise, cpu=device == "cpu")
     if device != "cpu" and config.resid_pdrop:
         size.block += 2 * batch * length * config.n_embd  # a mask of bytes for each of the two dropouts
     cut = segments(L, k)
@@ -192,41 +203,50 @@ def footprint(
 class _Sizes:
     """Bytes and operations of the pieces of a step."""
 
-    def __init__(self, config: GPT2Config, B: int, T: int, e: int, *, pointwise: bool, plain: bool) -> None:
+    def __init__(self, config: GPT2Config, B: int, T: int, autocast: bool, *, pointwise: bool, cpu: bool) -> None:
         C, inner, V = config.n_embd, config.inner, config.vocab_size
-        wide = max(e, 4)  # statistics and sums are float32 at least
-        self.R = B * T * C * e
+        wide, e = 4, 2 if autocast else 4  # bytes of an element: of weights, sums and the residual stream; of products
+        self.R = B * T * C * wide
+        R = B * T * C * e
         act = B * T * inner * e
         self.statistics = 2 * B * T * wide
-        self.attention = self.R + B * config.n_head * T * wide  # output and log-sum-exp
+        self.attention = R + B * config.n_head * T * wide  # output and log-sum-exp
         # Inputs of the two LayerNorms, qkv, attention, c_fc's output ...
-        self.block = 5 * self.R + self.attention + act
+        self.block = 2 * self.R + 3 * R + self.attention + act
         reads_result = not pointwise and config.activation_function in READ_THEIR_RESULT
-        if not pointwise:
-            self.block += 2 * self.R + act + 2 * self.statistics  # ... and the outputs of LayerNorm and GELU
+        if pointwise:  # attention's c_proj keeps its output, of which the input of ln_2 is made again
+            self.block -= self.R - R
+        else:
+            self.block += 2 * R + act + 2 * self.statistics  # ... and the outputs of LayerNorm and GELU
         if reads_result:
             self.block -= act  # c_fc's output
         # On top of what is kept: c_proj's output before it is added, and what the recomputation of GELU made.
-        self.forward_extra = self.R + (act if pointwise else 0)
+        # Under autocast it is widened first.
+        self.forward_extra = R + (self.R if autocast else 0) + (act if pointwise else 0)
         # The backward pass of a block is largest in its MLP. For the gradient of c_proj's weight there are the
         # gradients of the residual stream and of c_proj's output, and what a pointwise block has recomputed: the
         # outputs of GELU and LayerNorm. After it there is the gradient of GELU's output, which takes the place of that
         # output where it was recomputed; then that of GELU's input, and no longer that of c_proj's output.
-        again = 2 * (self.R + self.statistics) if pointwise else 0
-        product = C * inner * e  # the gradient of c_proj's weight
-        self.live_backward = product + max(2 * self.R + act, self.R + 2 * act if reads_result else 0)
+        again = R + self.R + 2 * self.statistics if pointwise else 0
+        product = C * inner * e  # the gradient of c_proj's weight, before it is widened
+        self.live_backward = product + max(self.R + R + act, self.R + 2 * act if reads_result else 0)
         self.recomputed_backward = product + again + self.R + (2 * act if pointwise or reads_result else act)
+        if not cpu and autocast:
+            self.block += (4 * C * C + 2 * C * inner) * e  # casts of the weights, which autocast keeps
+        plain = cpu and not autocast
         if plain and onednn_serves(B * T * C * inner):
             # Copies of the operands of that product, and its result twice.
             copies = 3 * self.R + act + 2 * C * inner * e
             self.live_backward = max(self.live_backward, copies)
             self.recomputed_backward = max(self.recomputed_backward, again + copies + (act if pointwise else 0))
-        self.block_weights = (4 * C * C + 2 * C * inner + 9 * C + inner) * e
-        self.head_weights = V * C * e
-        self.other_weights = (config.n_positions * C + 2 * C) * e
+        self.block_weights = (4 * C * C + 2 * C * inner + 9 * C + inner) * wide
+        self.head_weights = V * C * wide
+        self.other_weights = (config.n_positions * C + 2 * C) * wide
         self.own_head = 0 if config.tie_word_embeddings else self.head_weights
         rows, width = chunk_shape(B * T, V)
         self.chunk = rows * width * wide + 2 * rows * C * wide
+        if autocast:  # the head and a chunk in lower precision, a block of the head's gradient, and what is widened
+            self.chunk += (V * C + rows * width + min(V, BLOCK) * C) * e + 2 * rows * C * wide
         if plain and onednn_serves(rows * V * C):
             self.chunk += (rows + C) * min(V, BLOCK) * wide  # a block of the weight's gradient, and of the logits
         tokens = B * T

@@ -11,15 +11,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from minigpt2 import GPT2, GPT2Config, memory
 from minigpt2.memory import Footprint, fastest_that_fits, footprint, notches, parse_bytes
 from minigpt2.ops import products
+from minigpt2.training.step import autocast
 
 BETWEEN = "between forward and backward"
 
 
-def allocated(model: GPT2, ids: torch.Tensor) -> tuple[int, int]:
+def allocated(model: GPT2, ids: torch.Tensor, precision: str = "fp32") -> tuple[int, int]:
     """Bytes held between forward and backward, and at the worst moment, beyond what was held before."""
     torch.manual_seed(0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = model.loss(ids, ids)
+        with autocast(torch.device("cpu"), precision):
+            loss = model.loss(ids, ids)
         with record_function(BETWEEN):
             pass
         loss.backward()
@@ -53,6 +55,21 @@ def test_prediction_is_what_is_allocated(batch: int, length: int, recompute: str
         tensors = (predicted.peak - memory.RUNTIME_BYTES) / memory.PACKING
         peak = tensors - predicted.weights - predicted.optimizer
         assert peak == pytest.approx(most, rel=0.03), k
+
+
+@pytest.mark.parametrize("recompute", ["block", "keep-attention", "pointwise"])
+def test_prediction_under_autocast(recompute: str) -> None:
+    config = GPT2Config(vocab_size=3000, n_positions=128, n_embd=128, n_layer=4, n_head=2)
+    model, ids = GPT2(config, recompute=recompute), torch.randint(3000, (4, 128))
+    allocated(model, ids, "bf16")
+    for k in range(0, 4, 3):
+        model.checkpoint_every = k
+        model.zero_grad()
+        between, most = allocated(model, ids, "bf16")
+        predicted = footprint(config, 4, 128, checkpoint_every=k, recompute=recompute, precision="bf16")
+        assert predicted.activations == pytest.approx(between, rel=0.01), k
+        tensors = (predicted.peak - memory.RUNTIME_BYTES) / memory.PACKING
+        assert tensors - predicted.weights - predicted.optimizer == pytest.approx(most, rel=0.03), k
 
 
 def test_gradients_of_earlier_micro_batches_are_counted() -> None:
@@ -90,7 +107,7 @@ def test_weights_and_optimizer_are_those_of_the_model() -> None:
     f = footprint(model.config, 1, 8, optimizer="adamw")
     assert f.weights == f.gradients == f.optimizer / 2 == 4 * sum(p.numel() for p in model.parameters())
     assert footprint(model.config, 1, 8, optimizer="sgd").optimizer == 0
-    assert footprint(model.config, 1, 8, dtype=torch.bfloat16).weights == f.weights / 2
+    assert footprint(model.config, 1, 8, precision="bf16").weights == f.weights
 
 
 def test_every_notch_is_there_once_least_memory_first() -> None:
@@ -136,9 +153,16 @@ def test_amounts_that_are_none(text: str) -> None:
 
 
 def test_settings_out_of_range() -> None:
-    for settings in ({"checkpoint_every": 13}, {"recompute": "some"}, {"optimizer": "lion"}):
+    for settings in (
+        {"checkpoint_every": 13},
+        {"recompute": "some"},
+        {"optimizer": "lion"},
+        {"precision": "fp8"},
+    ):
         with pytest.raises(ValueError, match=next(iter(settings))):
             footprint(GPT2Config(), 1, 8, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the memory of fp16 on a CPU is not predicted"):
+        footprint(GPT2Config(), 1, 8, precision="fp16")
     for batch, length in ((0, 8), (1, 0), (1, 1025)):
         with pytest.raises(ValueError, match="batch must be >= 1 and length 1 to n_positions=1024"):
             footprint(GPT2Config(), batch, length)

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -52,6 +52,7 @@ def bench_generate(
     tokens: int = 512,
     prompt: int = 16,
     rounds: int = 5,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     compare: bool = True,
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
 ) -> list[Generation]:
@@ -59,7 +60,7 @@ def bench_generate(
     $ minigpt2 bench generate --batches 1 8 --tokens 128
 
     The limit is the time of reading every weight once a token, at the rate that summing a large tensor reaches in the
-    same run. All in float32, greedy.
+    same run. All in `dtype`, greedy.
 
     Args:
         model: An official name, for the shape; the weights are random.
@@ -67,6 +68,7 @@ def bench_generate(
         tokens: New tokens in each.
         prompt: Tokens in the prompt.
         rounds: How often everything is measured, in turn.
+        dtype: Of the weights and the cache, of both libraries; bfloat16 also runs minigpt2 in float32, alternately.
         compare: Also measure transformers, if it is installed.
         config: Fields of GPT2Config: another shape than the official one.
     """
@@ -79,10 +81,11 @@ def bench_generate(
     shape = network.config
     if prompt + tokens > shape.n_positions:
         raise ValueError(f"{prompt} + {tokens} tokens do not fit the context length {shape.n_positions}")
-    weight_bytes = 4 * (sum(p.numel() for p in network.parameters()) - network.wpe.weight.numel())
+    itemsize = getattr(torch, dtype).itemsize
+    weight_bytes = itemsize * (sum(p.numel() for p in network.parameters()) - network.wpe.weight.numel())
     print(header("generate"))
-    print(f"{model}, {prompt} + {tokens} tokens, greedy, float32; medians of {rounds} rounds")
-    libraries = _loaded(network, compare)
+    print(f"{model}, {prompt} + {tokens} tokens, greedy, {dtype}; medians of {rounds} rounds")
+    libraries = _loaded(network, compare, dtype)
     del network
     found = []
     for batch in batches:
@@ -100,7 +103,7 @@ def bench_generate(
         ours = statistics.median(seconds["minigpt2"])
         # Token t reads prompt + t - 1 keys and as many values in each layer; the first token is the prompt's own.
         cached = prompt + (tokens - 1) / 2
-        cache_bytes = 4 * 2 * shape.n_layer * batch * cached * shape.n_embd
+        cache_bytes = itemsize * 2 * shape.n_layer * batch * cached * shape.n_embd
         ratio = None
         if "transformers" in seconds:
             ratios = [t / o for t, o in zip(seconds["transformers"], seconds["minigpt2"], strict=True)]
@@ -112,7 +115,7 @@ def bench_generate(
             share=weight_bytes / read / (ours / tokens),
             share_with_cache=(weight_bytes + cache_bytes) / read / (ours / tokens),
             ratio=ratio,
-            same_ids=all(torch.equal(ids, outputs["minigpt2"]) for ids in outputs.values()),
+            same_ids=torch.equal(outputs.get("transformers", outputs["minigpt2"]), outputs["minigpt2"]),
         )
         print(f"batch {batch}: memory is read at {read / 1e9:.1f} GB/s (and copied at {copy / 1e9:.1f}, both ways)")
         for name, times in seconds.items():
@@ -123,6 +126,10 @@ def bench_generate(
             f"({weight_bytes / 1e6:.0f} MB of weights a token; with {cache_bytes / 1e6:.0f} MB of cache, on average, "
             f"{row.share_with_cache:.0%})"
         )
+        if "float32" in seconds:
+            gains = [t / o for t, o in zip(seconds["float32"], seconds["minigpt2"], strict=True)]
+            spread = f"[{min(gains):.2f}, {max(gains):.2f}]"
+            print(f"    {dtype} is {statistics.median(gains):.2f} x as fast as float32 {spread}")
         if ratio is not None:
             same = "the same ids" if row.same_ids else "OTHER ids"
             print("    minigpt2 is {:.2f} x as fast [{:.2f}, {:.2f}], with ".format(*ratio) + same, flush=True)
@@ -145,19 +152,26 @@ def memory_rates(size: int = 2**28) -> tuple[float, float]:
     return size / times[0], 2 * size / times[1]
 
 
-def _loaded(network: GPT2, compare: bool) -> dict[str, Generate]:
+def _greedy(model: GPT2) -> Generate:
+    return lambda ids, n: model.generate(ids, n, temperature=0)
+
+
+def _loaded(network: GPT2, compare: bool, dtype: str) -> dict[str, Generate]:
     """What generates, by name, each from what `network` was saved as."""
     with tempfile.TemporaryDirectory() as folder:
         network.save_pretrained(folder)
-        ours = GPT2.from_pretrained(folder)
-        libraries: dict[str, Generate] = {"minigpt2": lambda ids, n: ours.generate(ids, n, temperature=0)}
+        libraries: dict[str, Generate] = {
+            "minigpt2": _greedy(GPT2.from_pretrained(folder, dtype=getattr(torch, dtype)))
+        }
+        if dtype != "float32":
+            libraries["float32"] = _greedy(GPT2.from_pretrained(folder))
         if compare:
             try:
                 from transformers import GPT2LMHeadModel
             except ImportError:
                 print("transformers is not installed, so there is no comparison: pip install transformers")
                 return libraries
-            theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+            theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
             theirs.generation_config.eos_token_id = None  # both go on to the last token
 
             def generate(ids: Tensor, n: int) -> Tensor:

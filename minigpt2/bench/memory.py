@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -70,6 +70,7 @@ def bench_memory(
     steps: int = 3,
     rounds: int = 1,
     compare: bool = True,
+    precision: Literal["fp32", "bf16"] = "fp32",
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
     out: Annotated[Path | None, optional("OUT")] = None,
 ) -> list[tuple[Setting, Result]]:
@@ -77,7 +78,7 @@ def bench_memory(
     $ minigpt2 bench memory --batch 1 --length 256 --every 3
 
     For each, in a process of its own: peak memory in GiB, how far off `minigpt2 plan` was, and the time of a step over
-    that without recomputation (the median and its range). float32, AdamW; minigpt2 runs as in `minigpt2 train`,
+    that without recomputation (the median and its range). AdamW; minigpt2 runs as in `minigpt2 train`,
     transformers as installed, with its sdpa attention.
 
     Args:
@@ -90,6 +91,7 @@ def bench_memory(
         steps: Steps in a process, of which the first two, or of three the first, are warm-up.
         rounds: How often everything is measured, in turn.
         compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
+        precision: What matrix products are computed in, of both libraries, by autocast.
         config: Fields of GPT2Config: another shape than the official one.
         out: Write OUT.csv and OUT.png too; the picture has the least times, since noise only adds to them. Default: no
             files.
@@ -101,15 +103,15 @@ def bench_memory(
     shape: dict[str, int] = config or dict(OFFICIAL_SIZES[model])
     chosen = settings(GPT2Config().replace(**shape).n_layer, every, recompute, compare)
     print(header("memory"))
-    print(f"{model}, batch {batch} x {length}, dropout {dropout}, float32, AdamW, {steps} steps a process")
+    print(f"{model}, batch {batch} x {length}, dropout {dropout}, {precision}, AdamW, {steps} steps a process")
     results: dict[Setting, list[Result]] = {setting: [] for setting in chosen}
     for _ in range(rounds):
         for setting in chosen:
             job = Job(setting.library, shape, batch, length, dropout, setting.checkpoint_every, setting.recompute)
             ours = setting.library == "minigpt2"
-            results[setting].append(measure(dataclasses.replace(job, steps=steps, tuned=ours)))
+            results[setting].append(measure(dataclasses.replace(job, steps=steps, tuned=ours, precision=precision)))
             print(f"  measured: {setting.name}", flush=True)
-    rows = [_row(setting, results, GPT2Config().replace(**shape), batch, length) for setting in chosen]
+    rows = [_row(setting, results, GPT2Config().replace(**shape), batch, length, precision) for setting in chosen]
     print(f"{'':<42} {'peak GiB':>8} {'predicted':>9}  {'time, x no recomputation':<24}")
     for row in rows:
         predicted = f"{row['error']:+.1%}" if row["error"] != "" else ""
@@ -121,14 +123,14 @@ def bench_memory(
 
 
 def _row(
-    setting: Setting, results: dict[Setting, list[Result]], config: GPT2Config, batch: int, length: int
+    setting: Setting, results: dict[Setting, list[Result]], config: GPT2Config, batch: int, length: int, precision: str
 ) -> dict[str, float | str]:
     base = statistics.median(s for r in results[Setting("minigpt2", 0, "block")] for s in r.seconds)
     seconds = [s for r in results[setting] for s in r.seconds]
     measured = statistics.median(r.peak - r.baseline for r in results[setting])
     error: float | str = ""
     if setting.library == "minigpt2":
-        dials = {"checkpoint_every": setting.checkpoint_every, "recompute": setting.recompute}
+        dials = {"checkpoint_every": setting.checkpoint_every, "recompute": setting.recompute, "precision": precision}
         error = footprint(config, batch, length, **dials).peak / measured - 1  # type: ignore[arg-type]
     return {
         "setting": setting.name,

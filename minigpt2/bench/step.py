@@ -19,6 +19,7 @@ from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.loss import chunk_shape
 from minigpt2.ops.allocator import tune_allocator
 from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves, weight_gradient
+from minigpt2.training.step import DTYPES
 
 __all__ = ["bench_step", "roofline_seconds"]
 
@@ -36,6 +37,7 @@ def bench_step(
     steps: int = 7,
     rounds: int = 1,
     compare: Annotated[Literal["hf", "hf-tuned"] | None, optional("{hf,hf-tuned}")] = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     compile: bool = False,
     profile: bool = False,
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
@@ -43,7 +45,7 @@ def bench_step(
     """Measure training steps: tokens a second, time of each part, memory, share of the roofline.
     $ minigpt2 bench step --model small --batch 8 --length 256
 
-    Medians, with their range, over every step but each process's warm-up; float32, AdamW. The roofline share is the
+    Medians, with their range, over every step but each process's warm-up; AdamW. The roofline share is the
     time that the step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes
     in this run, over the step's time; where minigpt2 has another library make its products, also at that one's rates.
     Recomputation counts as time, not as work. A ratio to another library is the median over pairs of steps, the first
@@ -60,6 +62,8 @@ def bench_step(
         rounds: How often each process is run, in turn.
         compare: Also run transformers, alternately, each in its own process: hf is as installed, hf-tuned with
             tune_allocator() too. Default: neither.
+        precision: What matrix products are computed in, by autocast, of transformers too; other than fp32 also runs
+            minigpt2 in fp32, alternately.
         compile: Also run minigpt2 compiled (torch.compile), alternately, each in its own process.
         profile: Also print where the time of a step goes, from one more process.
         config: Fields of GPT2Config: another shape than the official one.
@@ -68,25 +72,29 @@ def bench_step(
         raise ValueError(f"model must be one of {', '.join(SHAPES)}, got {model!r}")
     shape: dict[str, int] = config or dict(SHAPES[model])
     ours = Job("minigpt2", shape, batch, length, dropout, checkpoint_every, recompute, steps=steps, tuned=True)
+    ours = dataclasses.replace(ours, precision=precision)
     jobs = {"minigpt2": ours}
+    if precision != "fp32":
+        jobs["fp32"] = dataclasses.replace(ours, precision="fp32")
     if compile:
         jobs["compiled"] = dataclasses.replace(ours, compile=True)
     if compare:
         tuned = compare == "hf-tuned"
         jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=tuned)
     print(header("step"))
-    print(f"{model}, batch {batch} x {length}, dropout {dropout}, float32, AdamW; {rounds} x {steps} steps")
+    print(f"{model}, batch {batch} x {length}, dropout {dropout}, {precision}, AdamW; {rounds} x {steps} steps")
     results: dict[str, list[Result]] = {name: [] for name in jobs}
     full = GPT2Config().replace(**shape)
+    dtype = DTYPES[precision]
     rooflines: dict[str, list[float]] = {"torch.mm": []}
-    if onednn_serves(batch * length * full.n_embd * full.inner):
+    if precision == "fp32" and onednn_serves(batch * length * full.n_embd * full.inner):
         rooflines["oneDNN"] = []
         tune_allocator()  # it makes the memory of its results itself, and as in the step there shall be no fresh pages
     for _ in range(rounds):
         for name, job in jobs.items():
             results[name].append(measure(job))
         for library, times in rooflines.items():
-            times.append(roofline_seconds(full, batch, length, library))
+            times.append(roofline_seconds(full, batch, length, library, dtype=dtype))
     for name, found in results.items():
         seconds = [s for r in found for s in r.seconds]
         median = statistics.median(seconds)
@@ -145,10 +153,17 @@ def _profile_table(result: Result) -> str:
     return "\n".join(f"{taken / total:>7.1%}  {line}" for line, taken in seconds.items())
 
 
-def roofline_seconds(config: GPT2Config, batch: int, length: int, library: str = "torch.mm", repeats: int = 3) -> float:
+def roofline_seconds(
+    config: GPT2Config,
+    batch: int,
+    length: int,
+    library: str = "torch.mm",
+    repeats: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """Seconds that the matrix products of a step, forward and backward, take by themselves: each shape is timed with
-    torch.mm, or as the model makes it (the best of `repeats`), and attention is charged at the rate of the fastest of
-    them."""
+    torch.mm in `dtype`, or as the model makes it (the best of `repeats`), and attention is charged at the rate of the
+    fastest of them."""
     N, C = batch * length, config.n_embd
     rows, V = chunk_shape(N, config.vocab_size)  # the head is worked through in chunks, whose rows are padded
     block = [(N, C, 3 * C), (N, C, C), (N, C, config.inner), (N, config.inner, C)]
@@ -156,9 +171,13 @@ def roofline_seconds(config: GPT2Config, batch: int, length: int, library: str =
     products.append((N / rows, (rows, C, V), True))  # the head lies as the embedding does
     total = rate = 0.0
     for times, (n, a, b), head in products:
-        x, y = torch.randn(n, a), torch.randn(n, b)
-        w = torch.randn(b, a).t() if head else torch.randn(a, b)
-        out, grad_x, grad_w = torch.empty(n, b), torch.empty(n, a), torch.zeros(w.t().shape if head else w.shape)
+        x, y = torch.randn(n, a).to(dtype), torch.randn(n, b).to(dtype)
+        w = torch.randn(b, a).to(dtype).t() if head else torch.randn(a, b).to(dtype)
+        out, grad_x, grad_w = (
+            torch.empty_like(y),
+            torch.empty_like(x),
+            torch.zeros(*(w.t() if head else w).shape, dtype=dtype),
+        )
         calls: list[Callable[[], object]]
         if library == "torch.mm":
             left, right = (y.t(), x) if head else (x.t(), y)

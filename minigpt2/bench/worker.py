@@ -34,6 +34,8 @@ class Job:
     recompute: str = "block"
     attention: str = "auto"
     """Backend; transformers always runs its sdpa attention."""
+    precision: str = "fp32"
+    """fp32, or what autocast computes products in: bf16 or fp16."""
     steps: int = 3
     """Steps in all, of which `warm_up` are not timed."""
     tuned: bool = False
@@ -88,6 +90,7 @@ def _run(job: Job) -> Result:
 
     from minigpt2.device import peak_bytes
     from minigpt2.ops.allocator import tune_allocator
+    from minigpt2.training.step import DTYPES, autocast
 
     cpu = torch.device("cpu")
     if job.threads is not None:
@@ -97,6 +100,7 @@ def _run(job: Job) -> Result:
     torch.manual_seed(0)
     dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), job.dropout)
     model: Any
+    lowered: Any
     if job.library == "transformers":
         import transformers
 
@@ -107,6 +111,7 @@ def _run(job: Job) -> Result:
         if job.checkpoint_every:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         vocab = hf_config.vocab_size
+        lowered = torch.autocast("cpu", DTYPES[job.precision], enabled=job.precision != "fp32")
     else:
         from minigpt2.config import GPT2Config
         from minigpt2.model import GPT2
@@ -116,6 +121,7 @@ def _run(job: Job) -> Result:
         dial: dict[str, Any] = {"checkpoint_every": job.checkpoint_every, "recompute": job.recompute}
         model = GPT2(config, attention=job.attention, **dial)
         vocab, loss_of = config.vocab_size, model.loss
+        lowered = autocast(cpu, job.precision)
         if job.compile:
             from minigpt2.training.parallel import compiled
 
@@ -128,10 +134,11 @@ def _run(job: Job) -> Result:
         if job.profile and step_number == job.steps:
             profiler.start()
         marks = [time.perf_counter()]
-        if job.library == "transformers":
-            loss = model(ids[:, :-1], labels=ids[:, :-1]).loss
-        else:
-            loss = loss_of(ids[:, :-1], ids[:, 1:])
+        with lowered:
+            if job.library == "transformers":
+                loss = model(ids[:, :-1], labels=ids[:, :-1]).loss
+            else:
+                loss = loss_of(ids[:, :-1], ids[:, 1:])
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())

@@ -137,20 +137,18 @@ def gelu(x: Tensor, grad: Tensor | None = None) -> Tensor:
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight + bias for weight (K, N) and N a multiple of 32; without a bias x @ weight^T for weight (N, K) and K a
-    multiple of 16. x (M, K), M from 1 to FEW; float32."""
+    multiple of 16. x (M, K), M from 1 to FEW; all of one dtype, and the sums of bfloat16 in float32."""
     sizes = (*x.shape, *(weight.shape if bias is not None else weight.shape[::-1]))
     M, K, inner, N = sizes if len(sizes) == 4 else (0, 0, 0, 0)
     if not 1 <= M <= FEW or inner != K or K < 1 or (N % 32 if bias is not None else K % 16):
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} are no product of few rows")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
-    if x.dtype != torch.float32:
-        raise ValueError(f"a product of few rows is float32, not {x.dtype}")
     weight, bias = _contiguous(weight, bias)
     x = rows(_checked(x, weight)[0])
     out = x.new_empty((M, N))
     addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
-    _call("few_rows", None, M, K, N, x.data_ptr(), x.stride(0), *addresses)
+    _call("few_rows", x.dtype, M, K, N, x.data_ptr(), x.stride(0), *addresses)
     return out
 
 
@@ -249,9 +247,8 @@ def _seed(seed: Tensor | None, p: float) -> tuple[float, int | None]:
     return p, None if seed is None or not p else seed.data_ptr()
 
 
-def _call(name: str, dtype: torch.dtype | None, *arguments: Any) -> None:
-    first = () if dtype is None else (DTYPES[dtype],)
-    if _functions()[name](*first, *arguments):
+def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    if _functions()[name](DTYPES[dtype], *arguments):
         raise MemoryError(f"{name} could not allocate its scratch memory")
 
 
@@ -271,7 +268,7 @@ def _functions() -> dict[str, Any]:
         "decode": [*shape, number, *strided, *cached, *cached, pointer],
         "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],
         "gelu": [ctypes.c_int, integer, *[pointer] * 3],
-        "few_rows": [*[integer] * 3, pointer, integer, *[pointer] * 3],  # M, K, N, ...
+        "few_rows": [ctypes.c_int, *[integer] * 3, pointer, integer, *[pointer] * 3],  # dtype, M, K, N, ...
     }
     found = {name: getattr(library, f"minigpt2_{name}") for name in arguments}
     for name, function in found.items():

@@ -1,12 +1,14 @@
 """The model's matrix products: which library makes them.
 
-torch.addmm and torch.mm serve everything. Two cases, both float32 on a CPU, have something faster:
+torch.addmm and torch.mm serve everything; bfloat16 they hand to oneDNN themselves, which takes the best instructions
+that the processor has (AMX, AVX512_BF16, or float32's). Two cases on a CPU have something faster:
 
-- *AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the vector units
-  lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the time
-  (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
-- *Few rows*, as in generation, where the time goes into reading the weights. The compiled kernel (csrc/products.cpp)
-  reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate` says how near).
+- *float32 on AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the
+  vector units lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the
+  time (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
+- *Few rows* of float32 or bfloat16, as in generation, where the time goes into reading the weights. The compiled kernel
+  (csrc/products.cpp) reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate`
+  says how near).
 
 The choice depends on the processor and on sizes alone: it is the same in every run on a machine.
 """
@@ -43,7 +45,14 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight + bias, for x (n, in), weight (in, out) and bias (out): (n, out)."""
     if _few_rows_serve(x, weight, bias) and weight.size(1) % 32 == 0:
         return kernel.few_rows(x, weight, bias)
-    if not x.dim() == weight.dim() == 2 or not _plain(x, weight, bias):
+    if not x.dim() == weight.dim() == 2:
+        return torch.addmm(bias, x, weight)
+    if torch.is_grad_enabled() and _autocast_serves(x, weight, bias):
+        # Autocast would keep the weight's cast for the backward pass, beside the weight.
+        x = x.to(torch.get_autocast_dtype("cpu"))
+        cast: Tensor = _Filled.apply(_Kept.apply(x, weight, bias), lambda: torch.addmm(bias, x, weight))
+        return cast
+    if not _plain(x, weight, bias):
         return torch.addmm(bias, x, weight)
 
     def product() -> Tensor:
@@ -72,13 +81,18 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_transposed_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """to += a^T @ b, or to = a^T @ b where it is the `first` to be added; a (k, n), b (k, m), to (n, m)."""
-    if not onednn_serves(to.numel() * a.size(0), to, a, b):
+    """to += a^T @ b, or to = a^T @ b where it is the `first` to be added; a (k, n), b (k, m), to (n, m).
+
+    A `to` of higher precision takes the sum as it is; each product is rounded to the dtype of a and b.
+    """
+    onednn = onednn_serves(to.numel() * a.size(0), to, a, b)
+    if not onednn and to.dtype == a.dtype:
         to.addmm_(a.t(), b, beta=float(not first))  # beta = 0: the memory is yet unwritten
         return
     for rows in range(0, to.size(0), BLOCK):
         target = to[rows : rows + BLOCK]
-        (target.copy_ if first else target.add_)(onednn_linear(a[:, rows : rows + BLOCK].t(), b.t(), None))
+        left = a[:, rows : rows + BLOCK].t()
+        (target.copy_ if first else target.add_)(onednn_linear(left, b.t(), None) if onednn else torch.mm(left, b))
 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
@@ -127,21 +141,38 @@ def onednn_serves(multiplications: int, *operands: Tensor) -> bool:
     )
 
 
-def _plain(*operands: Tensor) -> bool:
-    """Whether these are float32 tensors on the CPU as they seem: not compiled, not transformed, not of a subclass, not
-    under autocast."""
+def _plain(*operands: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether these are tensors of this dtype on the CPU as they seem: not compiled, not transformed, not of a
+    subclass, not under autocast."""
     return (
-        not torch.compiler.is_compiling()
-        and all(type(t) in (Tensor, nn.Parameter) for t in operands)
-        and all(t.dtype == torch.float32 and t.is_cpu and t.layout is torch.strided for t in operands)
+        _as_they_seem(*operands)
+        and all(t.dtype == dtype for t in operands)
         and not torch.is_autocast_enabled("cpu")
         and not transformed()
     )
 
 
+def _autocast_serves(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether autocast is to cast float32 parameters on the CPU for a product with x, whose gradients are then made
+    here."""
+    return (
+        _as_they_seem(x, *parameters)
+        and all(t.dtype == torch.float32 for t in parameters)
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and torch.is_autocast_enabled("cpu")
+        and not transformed()
+    )
+
+
+def _as_they_seem(*operands: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and all(
+        type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout is torch.strided for t in operands
+    )
+
+
 class _Kept(torch.autograd.Function):
-    """The backward pass of x @ weight + bias. Its forward returns a tensor of the product's shape without memory of its
-    own, which _Filled replaces by the product.
+    """The backward pass of x @ weight + bias, where a weight may be wider than x. Its forward returns a tensor of
+    the product's shape without memory of its own, which _Filled replaces by the product.
 
     In two parts because a function has kept its tensors when its forward is done, and a recomputation ends when all are
     kept: so the product itself is not made a second time. PyTorch's own products are like that.
@@ -161,7 +192,10 @@ class _Kept(torch.autograd.Function):
         # The weight's gradient first: an x that was recomputed, and copies of it, make room for the gradient of x.
         grad_weight = (x.t() @ grad if twice else weight_gradient(x, grad)) if want_weight else None
         del x
-        grad_x = (grad @ weight.t() if twice else multiply(grad, weight.t())) if want_x else None
+        grad_x = None
+        if want_x:
+            right = weight.to(grad.dtype).t()  # in autocast's dtype
+            grad_x = grad @ right if twice else multiply(grad, right)
         return grad_x, grad_weight, grad.sum(0) if want_bias else None
 
 
@@ -186,7 +220,8 @@ def _few_rows_serve(x: Tensor, *weights: Tensor) -> bool:
         not torch.is_grad_enabled()
         and x.dim() == weights[0].dim() == 2
         and 0 < x.size(0) <= kernel.FEW
-        and _plain(x, *weights)
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and _plain(x, *weights, dtype=x.dtype)
         and not traced()
         and x.size(1) > 0
         and x.stride(1) == 1

@@ -113,8 +113,8 @@ class TrainConfig(TextOptions):
     """Decides initial weights, dropout and the order of the data."""
     device: str = "auto"
     """cpu, cuda, cuda:N, mps, or auto: the best there is."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What matrix products are computed in; weights, optimizer and sums stay float32. fp16 scales the loss."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """What products are computed in (auto: the fastest here); weights and sums stay float32. fp16 scales the loss."""
     parallel: Annotated[Literal["ddp", "fsdp"] | None, optional("{ddp,fsdp}")] = None
     """What torchrun's processes share: ddp, the work; fsdp, also weights, gradients and optimizer. Default: ddp."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -162,7 +162,6 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: kernel.few_rows(X, randn(64, 30), None), "are no product of few rows"),
     (lambda: kernel.few_rows(X, randn(32, 64), randn(63)), "bias must be (64,), got (63,)"),
     (lambda: kernel.few_rows(X, randn(32, 64), randn(64).double()), "the tensors must have one dtype"),
-    (lambda: kernel.few_rows(X.double(), randn(32, 64), randn(64)), "a product of few rows is float32"),
     (lambda: kernel.few_rows(X, meta(32, 64), randn(64)), "tensors on the CPU, not torch.float32 ones on meta"),
 ]
 
@@ -183,7 +182,21 @@ def test_layouts_without_strides_take_the_path_of_pytorch() -> None:
             call()
 
 
-def test_a_half_precision_weight_has_no_few_rows() -> None:
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.usefixtures("needs_the_kernel")
+def test_few_rows_of_bfloat16_are_as_exact_as_the_plain_product(rows: int) -> None:
+    x, w, b = (randn(*shape).bfloat16() for shape in ((rows, 96), (96, 64), (64,)))
+    exact = x.double() @ w.double() + b.double()
+    with torch.no_grad():
+        for ours, plain, truth in (
+            (kernel.few_rows(x, w, b), torch.addmm(b, x, w), exact),
+            (kernel.few_rows(x, w.t().contiguous(), None), x @ w, exact - b.double()),
+        ):
+            assert ours.dtype == torch.bfloat16
+            assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+def test_a_weight_of_another_dtype_is_an_error() -> None:
     x, w, b = randn(4, 32), randn(32, 64), randn(64)
     with torch.no_grad():
         for dtype in (torch.float16, torch.int32):

@@ -16,7 +16,7 @@ import minigpt2.model
 from minigpt2 import GPT2, GPT2Config
 from minigpt2.training.guards import first_nonfinite
 from minigpt2.training.parallel import LossSum, Processes
-from minigpt2.training.step import accumulate_gradients, mean_loss
+from minigpt2.training.step import accumulate_gradients, autocast, fastest_precision, mean_loss
 
 CONFIG = GPT2Config(
     vocab_size=97, n_positions=16, n_layer=3, n_head=2, n_embd=16, bos_token_id=None, eos_token_id=None,
@@ -91,6 +91,43 @@ def test_weights_and_gradients_stay_float32(precision: str) -> None:
     assert products == [{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]]
     assert {p.dtype for p in network.parameters()} | {g.dtype for g in gradients(network)} == {torch.float32}
     assert loss == pytest.approx(model().loss(*batch(2)).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("recompute", ["block", "keep-attention", "pointwise"])
+def test_every_notch_is_the_same_to_the_bit_under_autocast(recompute: str) -> None:
+    config = CONFIG.replace(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
+    found = []
+    for k in (0, 1, 2):
+        torch.manual_seed(0)
+        network = GPT2(config, checkpoint_every=k, recompute=recompute).train()
+        with autocast(torch.device("cpu"), "bf16"):
+            loss = network.loss(*batch(2))
+        loss.backward()
+        found.append([loss, *gradients(network)])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_autocast_keeps_no_cast_of_a_weight() -> None:
+    network, kept = model(), []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(torch.device("cpu"), "bf16"):
+        network.loss(*batch(2))
+    weights = {p.shape for p in network.h.parameters() if p.dim() == 2}
+    assert {t.dtype for t in kept if t.shape in weights} == {torch.float32}
+
+
+def test_the_fastest_precision_is_what_the_processor_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        precision, reason = fastest_precision(torch.device("cpu"))
+        assert precision == expected
+        assert next(iter(capabilities), "no products of bfloat16") in reason
+    assert fastest_precision(torch.device("mps"))[0] == "fp32"
 
 
 LEARNING = {"max_steps": 200, "snapshot_every": 0, "eval_every": 200, "checkpoint_every": 1}
