@@ -40,6 +40,7 @@ from minigpt2.tokenizer import Tokenizer
 from minigpt2.training import folder, snapshot
 from minigpt2.training.guards import NonFiniteError, stop_on_signals
 from minigpt2.training.metrics import Metrics, Speedometer, Steps, plot_losses
+from minigpt2.training.optimizer import make_optimizer
 from minigpt2.training.parallel import Processes, distribute, started
 from minigpt2.training.settings import SHAPE, TrainConfig, chosen, command
 from minigpt2.training.state import RunState, seed_of
@@ -47,14 +48,13 @@ from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, fastes
 from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then half a cosine from lr to lr / 10 at the last step. `step` counts from 0."""
-    assert config.lr is not None
-    assert config.warmup is not None
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.max_steps - 1 - config.warmup)
-    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+def schedule(step: int, warmup: int, max_steps: int) -> float:
+    """What part of its peak a rate has: linear warm-up to 1, then half a cosine down to 0.1 at the last step. `step`
+    counts from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, max_steps - 1 - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def make_model(config: TrainConfig, device: torch.device, saved: Path | None = None) -> GPT2:
@@ -79,7 +79,8 @@ def make_model(config: TrainConfig, device: torch.device, saved: Path | None = N
         raise ValueError(f"--length {length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
         step: dict[str, Any] = {"batch": config.batch, "length": length, "accumulate": config.accumulate}
-        found = memory.notches(model.config, **step, precision=config.precision, device=device.type)
+        step |= {"precision": config.precision, "optimizer": config.optimizer}
+        found = memory.notches(model.config, **step, device=device.type)
         allowed = memory.parse_budget(config.memory_budget, device.type)
         chosen = memory.fastest_that_fits(found, allowed, baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
@@ -89,18 +90,6 @@ def make_model(config: TrainConfig, device: torch.device, saved: Path | None = N
     return model.to(device).train()
 
 
-def make_optimizer(model: GPT2, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices (weights and embeddings) and leaves biases and LayerNorms alone."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    assert config.lr is not None
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-
-
 class Trainer(RunState):
     """The state of a run, and the step that moves it on."""
 
@@ -108,16 +97,16 @@ class Trainer(RunState):
         assert config.length is not None
         self.config, self.validation, self.length = config, corpus.validation, config.length
         self.network = distribute(model, config.parallel, processes, compile=config.compile)
-        optimizer = make_optimizer(model, config)
+        optimizer = make_optimizer(model, **config.recipe())
         scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
         batches = Batches(corpus.train, config.batch, self.length, config.seed, processes.rank, processes.world)
         super().__init__(model, optimizer, scaler, batches, processes, config.to_json())
 
     def advance(self) -> dict[str, Any]:
         """One optimizer step. Returns its row of metrics; raises NonFiniteError, with everything as before the step."""
-        lr = learning_rate(self.step, self.config)
+        part = schedule(self.step, self.config.warmup or 0, self.config.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["initial_lr"] * part
         position, random_state = self.batches.position, snapshot.random_state(self.device)
         micro_batches = [next(self.batches) for _ in range(self.config.accumulate)]
         step = (self.network, micro_batches, self.processes, self.config.precision, self.scaler)
@@ -145,7 +134,13 @@ class Trainer(RunState):
         self.optimizer.zero_grad()
         self.step += 1
         self.tokens += count
-        row = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.tokens}
+        row = {
+            "step": self.step,
+            "loss": loss,
+            "lr": (self.config.lr or 0) * part,
+            "grad_norm": norm,
+            "tokens": self.tokens,
+        }
         return row if finite else row | {"skipped": True}
 
     def validate(self, network: nn.Module | None = None) -> float:

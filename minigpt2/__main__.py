@@ -242,7 +242,7 @@ def plan(
         length: Tokens in a sequence.
         budget: Mark the fastest setting that fits this much memory, such as 4GiB or 900MiB; auto is all that is free
             here. It counts the whole process, on a CUDA device only its tensors. Default: none is marked.
-        optimizer: adamw, sgd-momentum or sgd.
+        optimizer: adamw, muon, sgd-momentum or sgd.
         device: Where the training would run; the device need not be here.
         precision: What matrix products are computed in, as in training; fp16 with --device cuda only.
         plot: Also draw extra work over memory into this file, such as plan.png. Default: no picture.

@@ -72,7 +72,7 @@ READ_THEIR_RESULT = ("relu", "tanh")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 # Bytes of optimizer state for each byte of a parameter.
-OPTIMIZERS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
+OPTIMIZERS = {"adamw": 2, "muon": 2, "sgd-momentum": 1, "sgd": 0}
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,8 @@ def footprint(
 
     weights = size.block_weights * L + size.head_weights + size.own_head + size.other_weights
     state = OPTIMIZERS[optimizer] * weights
+    if optimizer == "muon":  # it has one moment of the blocks' matrices, and AdamW those of the rest
+        state -= size.block_matrices * L
     carried = weights if accumulate > 1 else 0  # gradients of earlier micro-batches
     stack = sum(kept) + live
     # ln_f's input and statistics; the gradients of the head and of what entered it; the token ids.
@@ -239,7 +241,8 @@ class _Sizes:
             copies = 3 * self.R + act + 2 * C * inner * e
             self.live_backward = max(self.live_backward, copies)
             self.recomputed_backward = max(self.recomputed_backward, again + copies + (act if pointwise else 0))
-        self.block_weights = (4 * C * C + 2 * C * inner + 9 * C + inner) * wide
+        self.block_matrices = (4 * C * C + 2 * C * inner) * wide
+        self.block_weights = self.block_matrices + (9 * C + inner) * wide
         self.head_weights = V * C * wide
         self.other_weights = (config.n_positions * C + 2 * C) * wide
         self.own_head = 0 if config.tie_word_embeddings else self.head_weights

@@ -16,6 +16,7 @@ from minigpt2.command_line import optional
 from minigpt2.data.batches import Corpus
 from minigpt2.data.documents import TextOptions, check_options
 from minigpt2.training.metrics import check_trackers
+from minigpt2.training.optimizer import has_muon
 
 __all__ = ["SHAPE", "TrainConfig", "changes", "chosen", "command", "flag"]
 
@@ -23,17 +24,17 @@ SHAPE = ("n_layer", "n_head", "n_embd")
 
 # What is taken where nothing is given.
 FROM_SCRATCH: dict[str, Any] = {"n_layer": 6, "n_head": 6, "n_embd": 192, "dropout": 0.0, "length": 256}
-FROM_SCRATCH |= {"lr": 2e-3, "warmup": 10, "weight_decay": 0.1}
 # A rate that is right for new weights can undo good ones before it improves them. Measured with 4 blocks of width 128
 # after 200 steps on Python's sources, then on Shakespeare, 40 steps of 8 x 128 tokens, warm-up 10, no decay:
 # from 8.60, 1e-4 came to 7.91, 3e-4 to 7.41 and 2e-3 to 6.04, all of them better at every validation. Such distant text
 # wants the higher rates; the lowest is taken because weights of OpenAI, and text near what a model knows, do not.
-FINE_TUNING: dict[str, Any] = {"lr": 1e-4, "warmup": 10, "weight_decay": 0.0}
+FINE_TUNING: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-4, "embedding_lr": 1e-4, "warmup": 10}
+FINE_TUNING |= {"weight_decay": 0.0}
 
 # What a run never changes, with the reason, which is also what the message says.
 _SHAPE = "the model has its shape"
 _ORDER = "the order in which the run reads its tokens follows from it"
-FIXED = dict.fromkeys(SHAPE, _SHAPE) | {"length": _ORDER, "seed": _ORDER}
+FIXED = dict.fromkeys(SHAPE, _SHAPE) | {"length": _ORDER, "seed": _ORDER, "optimizer": "its moments belong to it"}
 # What is about one start of the program, not about the run; --data and --init are compared by what they hold.
 APART = {"out", "resume", "new_data", "data", "init"}
 # What decides the tokens of a text, and changes with it alone.
@@ -82,12 +83,19 @@ class TrainConfig(TextOptions):
     """Micro-batches in a step, which has the gradients of one batch n times as large."""
     max_steps: int = 150
     """Optimizer steps."""
+    optimizer: Annotated[Literal["adamw", "muon"] | None, optional("{adamw,muon}")] = None
+    """muon is for the blocks' matrices, and leaves the rest to AdamW. Default: muon where PyTorch has it (since 2.9);
+    adamw with --init and with fsdp."""
     lr: Annotated[float | None, optional("FLOAT")] = None
-    """Peak learning rate; a cosine brings it down to a tenth. Default: 2e-3; with --init 1e-4."""
+    """Peak learning rate of the blocks' matrices; a cosine brings it down to a tenth. Default: 0.02 for muon; for adamw
+    0.192 / width; with --init 1e-4."""
+    embedding_lr: Annotated[float | None, optional("FLOAT")] = None
+    """Peak learning rate of embeddings, biases and LayerNorms. Default: 3e-3; for adamw with --lr, and with --init, the
+    same as the matrices'."""
     warmup: Annotated[int | None, optional("INT")] = None
-    """Steps of linear warm-up to the peak learning rate. Default: 10."""
+    """Steps of linear warm-up to the peak learning rates. Default: a tenth of all steps; with --init 10."""
     weight_decay: Annotated[float | None, optional("FLOAT")] = None
-    """AdamW's decay, on matrices only. Default: 0.1; with --init 0."""
+    """Decay of matrices and embeddings. Default: 0.1; with --init 0."""
     clip: float = 1.0
     """Clip the norm of the gradient to this; 0 is off."""
     checkpoint_every: int = 0
@@ -129,7 +137,9 @@ class TrainConfig(TextOptions):
         problems = []
         at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch", "length", "accumulate", "max_steps"), 1)
         at_least |= dict.fromkeys(("eval_every", "eval_batches", "keep"), 1)
-        at_least |= dict.fromkeys(("snapshot_every", "warmup", "seed", "weight_decay", "clip", "lr", "early_stop"), 0)
+        at_least |= dict.fromkeys(
+            ("snapshot_every", "warmup", "seed", "weight_decay", "clip", "lr", "early_stop", "embedding_lr"), 0
+        )
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
@@ -152,8 +162,30 @@ class TrainConfig(TextOptions):
     def resolved(self) -> TrainConfig:
         """These settings, with those that were not given chosen: all but the `length` and the `dropout` of a run that
         has `init`, which follow from its weights."""
-        chosen = FROM_SCRATCH if self.init is None else FINE_TUNING
+        if self.init is None:
+            chosen = FROM_SCRATCH | self._recipe_from_scratch()
+        else:
+            chosen = FINE_TUNING | ({} if self.lr is None else {"embedding_lr": self.lr})
         return dataclasses.replace(self, **{k: v for k, v in chosen.items() if getattr(self, k) is None})
+
+    def _recipe_from_scratch(self) -> dict[str, Any]:
+        """How a fresh model is trained where nothing else is said.
+
+        The rate of AdamW for the blocks' matrices falls with the width, as in Yang et al. 2022 (arXiv:2203.03466); that
+        of Muon, whose steps have one size for any width, does not, nor that of embeddings and vectors. RECIPE_NOTE
+        """
+        sharded = self.parallel == "fsdp"
+        optimizer = self.optimizer or ("muon" if has_muon() and not sharded else "adamw")
+        lr = 0.02 if optimizer == "muon" else 0.192 / (self.n_embd or FROM_SCRATCH["n_embd"])
+        embedding_lr = 3e-3 if optimizer == "muon" or self.lr is None else self.lr
+        warmup = max(1, self.max_steps // 10)
+        recipe = {"optimizer": optimizer, "lr": lr, "embedding_lr": embedding_lr, "warmup": warmup}
+        return recipe | {"weight_decay": 0.1}
+
+    def recipe(self) -> dict[str, Any]:
+        """What make_optimizer takes, of settings that are resolved."""
+        names = ("lr", "embedding_lr", "weight_decay")
+        return {"kind": self.optimizer, "betas": (0.9, 0.95)} | {name: getattr(self, name) for name in names}
 
     def with_length(self, most: int, corpus: Corpus) -> TrainConfig:
         """These settings with a length: where none was given, `most`, or what the data has for a batch and a
@@ -174,7 +206,9 @@ def flag(name: str) -> str:
 def chosen(given: TrainConfig, config: TrainConfig) -> str:
     """Those settings that were not given, with what was chosen, in one line."""
     names = [
-        name for name in FROM_SCRATCH if getattr(given, name) is None and (config.init is None or name not in SHAPE)
+        name
+        for name in FROM_SCRATCH | FINE_TUNING
+        if getattr(given, name) is None and (config.init is None or name not in SHAPE)
     ]
     found = {name: getattr(config, name) for name in names}
     return ", ".join(f"{flag(n)} {'that of the weights' if value is None else value}" for n, value in found.items())

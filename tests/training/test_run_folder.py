@@ -52,8 +52,7 @@ def test_a_finished_run_is_extended(run, whole: Path, tmp_path: Path) -> None:
     assert "from step 6 on: --max-steps 10, before 6" in run(out, resume=True, max_steps=10)
     assert [row["step"] for row in rows(out)] == list(range(1, 11))
     assert curve(out)[:6] == curve(whole)
-    config = train.TrainConfig(lr=5e-3, warmup=2, max_steps=10)
-    assert [row["lr"] for row in rows(out)][6:] == [train.learning_rate(step, config) for step in range(6, 10)]
+    assert [row["lr"] for row in rows(out)][6:] == [5e-3 * train.schedule(step, 2, 10) for step in range(6, 10)]
     stored = settings_of(out)
     assert (stored["max_steps"], stored["finished"]) == (10, 10)
     assert stored["changes"] == [{"step": 6, "max_steps": [6, 10]}]
