@@ -42,7 +42,7 @@ from minigpt2.training.guards import NonFiniteError, stop_on_signals
 from minigpt2.training.metrics import Metrics, Speedometer, Steps, check_trackers, plot_losses
 from minigpt2.training.parallel import Processes, distribute, started
 from minigpt2.training.state import RunState, seed_of
-from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, fastest_precision, mean_loss, save_weights
+from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_loss, resolve_precision, save_weights
 from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 
@@ -314,8 +314,7 @@ def set_up(config: TrainConfig, processes: Processes) -> tuple[Trainer, Path]:
     if config.parallel and not processes.torchrun:
         raise ValueError(f"--parallel {config.parallel} needs torchrun --nproc-per-node N -m minigpt2 train ...")
     config = dataclasses.replace(config, parallel=config.parallel or ("ddp" if processes.torchrun else None))
-    if config.precision == "auto":
-        config = dataclasses.replace(config, precision=fastest_precision(processes.device)[0])
+    config = dataclasses.replace(config, precision=resolve_precision(config.precision, processes.device))
     out = config.out or Path(processes.gather(time.strftime("runs/%Y%m%d-%H%M%S"))[0])
     if not config.resume and ((out / SETTINGS).exists() or (out / "metrics.jsonl").exists()):
         raise ValueError(f"--out {out} already holds a run; continue it with --resume, or choose another folder")

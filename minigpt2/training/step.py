@@ -20,14 +20,25 @@ from minigpt2.training.guards import first_nonfinite
 from minigpt2.training.parallel import Processes, unsynchronised
 from minigpt2.training.snapshot import weight_tensors
 
-__all__ = ["DTYPES", "accumulate_gradients", "autocast", "culprit", "fastest_precision", "mean_loss", "save_weights"]
+__all__ = [
+    "DTYPES",
+    "accumulate_gradients",
+    "autocast",
+    "culprit",
+    "fastest_precision",
+    "mean_loss",
+    "resolve_precision",
+    "save_weights",
+]
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batch = tuple[Tensor, Tensor]
 
 
-def fastest_precision(device: torch.device) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
+def fastest_precision(device: torch.device) -> tuple[Precision, str]:
     """The fastest precision for training there, and why.
 
     On a CPU it is bf16 where the processor multiplies bfloat16 (AMX, or AVX512_BF16 as in AMD's Zen 4 and Zen 5 and in
@@ -45,6 +56,11 @@ def fastest_precision(device: torch.device) -> tuple[Literal["fp32", "bf16", "fp
                 return "bf16", f"the processor has {name}"
         return "fp32", "the processor has no products of bfloat16"
     return "fp32", f"{device.type} gains nothing by another"
+
+
+def resolve_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
+    """`precision`, where it is not auto, or the fastest there."""
+    return fastest_precision(device)[0] if precision == "auto" else precision
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
