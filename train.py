@@ -180,8 +180,9 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
         found, budget = memory.notches(model.config, **step, device=device.type), config.memory_budget
         chosen = memory.fastest_that_fits(found, allowed := memory.parse_budget(budget, device.type), baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        expected = memory.format_bytes(chosen.peak + baseline)
-        print(f"{chosen.dials}: {expected} expected of {memory.format_bytes(allowed)}")
+        print(
+            "{}: {} expected of {}".format(chosen.dials, *map(memory.format_bytes, (chosen.peak + baseline, allowed)))
+        )
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 

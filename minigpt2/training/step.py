@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from minigpt2.device import to_device
 from minigpt2.model import GPT2
+from minigpt2.ops.products import bfloat16_unit
 from minigpt2.tokenizer import Tokenizer
 from minigpt2.training.guards import first_nonfinite
 from minigpt2.training.parallel import Processes, unsynchronised
@@ -50,11 +51,8 @@ def fastest_precision(device: torch.device) -> tuple[Precision, str]:
             return "bf16", "its tensor cores multiply bfloat16"
         return "fp16", "its tensor cores multiply float16 only"
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        for name in ("amx_bf16", "avx512_bf16"):
-            if capabilities.get(name):
-                return "bf16", f"the processor has {name}"
-        return "fp32", "the processor has no products of bfloat16"
+        unit = bfloat16_unit()
+        return ("bf16", f"the processor has {unit}") if unit else ("fp32", "the processor has no products of bfloat16")
     return "fp32", f"{device.type} gains nothing by another"
 
 
