@@ -65,8 +65,7 @@ class TrainConfig:
     keep: int = 2
     """Snapshots to keep: the newest."""
     init: Annotated[str | None, optional("MODEL")] = None
-    """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, or a folder. Default: a
-    fresh model."""
+    """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME of the hub, a folder. Default: none."""
     n_layer: int = 6
     """Blocks of a fresh model."""
     n_head: int = 6
@@ -176,13 +175,12 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        step = {name: getattr(config, name) for name in ("batch", "length", "accumulate", "precision")}
-        found, budget = memory.notches(model.config, **step, device=device.type), config.memory_budget
-        chosen = memory.fastest_that_fits(found, allowed := memory.parse_budget(budget, device.type), baseline)
+        step, allowed = (config.batch, config.length), memory.parse_budget(config.memory_budget, device.type)
+        more: dict[str, Any] = {"accumulate": config.accumulate, "device": device.type, "precision": config.precision}
+        chosen = memory.fastest_that_fits(memory.notches(model.config, *step, **more), allowed, baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        print(
-            "{}: {} expected of {}".format(chosen.dials, *map(memory.format_bytes, (chosen.peak + baseline, allowed)))
-        )
+        expected = memory.format_bytes(chosen.peak + baseline)
+        print(f"{chosen.dials}: {expected} expected of {memory.format_bytes(allowed)}")
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 

@@ -69,10 +69,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def project_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T, for x (n, in) and weight (out, in): (n, out). Without a gradient."""
-    if _few_rows_serve(x, weight) and weight.size(1) % 16 == 0:
-        # A head in bfloat16 is quicker in oneDNN's hands where the processor multiplies bfloat16.
-        if x.dtype == torch.float32 or not _bfloat16_unit():
-            return kernel.few_rows(x, weight, None)
+    serves = _few_rows_serve(x, weight) and weight.size(1) % 16 == 0
+    # A head in bfloat16 is quicker in oneDNN's hands where the processor multiplies bfloat16.
+    if serves and (x.dtype == torch.float32 or not _bfloat16_unit()):
+        return kernel.few_rows(x, weight, None)
     return torch.mm(x, weight.t())
 
 
