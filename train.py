@@ -65,7 +65,7 @@ class TrainConfig:
     keep: int = 2
     """Snapshots to keep: the newest."""
     init: Annotated[str | None, optional("MODEL")] = None
-    """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME of the hub, a folder. Default: none."""
+    """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, the hub's OWNER/NAME, a folder. Default: no."""
     n_layer: int = 6
     """Blocks of a fresh model."""
     n_head: int = 6
