@@ -41,8 +41,9 @@ from minigpt2.training import snapshot
 from minigpt2.training.guards import NonFiniteError, stop_on_signals
 from minigpt2.training.metrics import Metrics, Speedometer, Steps, check_trackers, plot_losses
 from minigpt2.training.parallel import Processes, distribute, started
+from minigpt2.training.precision import DTYPES, resolve_precision
 from minigpt2.training.state import RunState, seed_of
-from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, mean_loss, resolve_precision, save_weights
+from minigpt2.training.step import accumulate_gradients, culprit, mean_loss, save_weights
 from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 
@@ -65,7 +66,7 @@ class TrainConfig:
     keep: int = 2
     """Snapshots to keep: the newest."""
     init: Annotated[str | None, optional("MODEL")] = None
-    """Start from these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, the hub's OWNER/NAME, a folder. Default: no."""
+    """Weights to start from: a folder, or a model of the hub (gpt2 to gpt2-xl, OWNER/NAME). Default: a fresh model."""
     n_layer: int = 6
     """Blocks of a fresh model."""
     n_head: int = 6
@@ -179,8 +180,9 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
         more: dict[str, Any] = {"accumulate": config.accumulate, "device": device.type, "precision": config.precision}
         chosen = memory.fastest_that_fits(memory.notches(model.config, *step, **more), allowed, baseline)
         model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        expected = memory.format_bytes(chosen.peak + baseline)
-        print(f"{chosen.dials}: {expected} expected of {memory.format_bytes(allowed)}")
+        print(
+            f"{chosen.dials}:", memory.format_bytes(chosen.peak + baseline), "expected of", memory.format_bytes(allowed)
+        )
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 

@@ -19,6 +19,7 @@ from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.loss import chunk_shape
 from minigpt2.ops.allocator import tune_allocator
 from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves, weight_gradient
+from minigpt2.training.precision import DTYPES
 
 __all__ = ["bench_step", "roofline_seconds"]
 
@@ -67,8 +68,6 @@ def bench_step(
         profile: Also print where the time of a step goes, from one more process.
         config: Fields of GPT2Config: another shape than the official one.
     """
-    from minigpt2.training.step import DTYPES  # which takes the time of importing torch.distributed
-
     if model not in SHAPES:
         raise ValueError(f"model must be one of {', '.join(SHAPES)}, got {model!r}")
     shape: dict[str, int] = config or dict(SHAPES[model])
