@@ -176,13 +176,11 @@ def make_model(config: TrainConfig, device: torch.device) -> GPT2:
     if config.length > model.config.n_positions:
         raise ValueError(f"--length {config.length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        step, allowed = (config.batch, config.length), memory.parse_budget(config.memory_budget, device.type)
+        step, limit = (config.batch, config.length), memory.parse_budget(config.memory_budget, device.type)
         more: dict[str, Any] = {"accumulate": config.accumulate, "device": device.type, "precision": config.precision}
-        chosen = memory.fastest_that_fits(memory.notches(model.config, *step, **more), allowed, baseline)
-        model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        print(
-            f"{chosen.dials}:", memory.format_bytes(chosen.peak + baseline), "expected of", memory.format_bytes(allowed)
-        )
+        notch = memory.fastest_that_fits(memory.notches(model.config, *step, **more), limit, baseline)
+        model.checkpoint_every, model.recompute = notch.checkpoint_every, notch.recompute
+        print(f"{notch.dials}:", memory.format_bytes(notch.peak + baseline), "expected of", memory.format_bytes(limit))
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
