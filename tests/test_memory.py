@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from minigpt2 import GPT2, GPT2Config, memory
 from minigpt2.memory import Footprint, fastest_that_fits, footprint, notches, parse_bytes
 from minigpt2.ops import products
-from minigpt2.training.step import autocast
+from minigpt2.training.precision import autocast
 
 BETWEEN = "between forward and backward"
 
