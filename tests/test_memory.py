@@ -116,7 +116,8 @@ def test_every_notch_is_there_once_least_memory_first() -> None:
     settings = [(f.checkpoint_every, f.recompute) for f in found]
     assert len(set(settings)) == len(settings) == 12 + 11 + 12
     least, most = found[0], found[-1]
-    assert (least.checkpoint_every, least.recompute) == (1, "block")  # as in the README's table of what was measured
+    peaks = {(f.checkpoint_every, f.recompute): f.peak for f in found}
+    assert peaks[1, "block"] == least.peak  # as in the README's table of what was measured
     assert (most.checkpoint_every, most.recompute) == (0, "block")
 
 
