@@ -42,9 +42,10 @@ from minigpt2.training.guards import NonFiniteError, stop_on_signals
 from minigpt2.training.metrics import Metrics, Speedometer, Steps, plot_losses
 from minigpt2.training.optimizer import make_optimizer
 from minigpt2.training.parallel import Processes, distribute, started
+from minigpt2.training.precision import DTYPES, resolve_precision
 from minigpt2.training.settings import SHAPE, TrainConfig, chosen, command
 from minigpt2.training.state import RunState, seed_of
-from minigpt2.training.step import DTYPES, accumulate_gradients, culprit, fastest_precision, mean_loss, save_weights
+from minigpt2.training.step import accumulate_gradients, culprit, mean_loss, save_weights
 from minigpt2.training.vocabulary import tokenizer_of_run, vocabulary_of
 
 
@@ -78,14 +79,12 @@ def make_model(config: TrainConfig, device: torch.device, saved: Path | None = N
     if length > model.config.n_positions:
         raise ValueError(f"--length {length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        step: dict[str, Any] = {"batch": config.batch, "length": length, "accumulate": config.accumulate}
-        step |= {"precision": config.precision, "optimizer": config.optimizer}
-        found = memory.notches(model.config, **step, device=device.type)
-        allowed = memory.parse_budget(config.memory_budget, device.type)
-        chosen = memory.fastest_that_fits(found, allowed, baseline)
-        model.checkpoint_every, model.recompute = chosen.checkpoint_every, chosen.recompute
-        expected = memory.format_bytes(chosen.peak + baseline)
-        print(f"{chosen.dials}: {expected} expected of {memory.format_bytes(allowed)}")
+        step, limit = (config.batch, length), memory.parse_budget(config.memory_budget, device.type)
+        more: dict[str, Any] = {"accumulate": config.accumulate, "device": device.type, "precision": config.precision}
+        more["optimizer"] = config.optimizer
+        notch = memory.fastest_that_fits(memory.notches(model.config, *step, **more), limit, baseline)
+        model.checkpoint_every, model.recompute = notch.checkpoint_every, notch.recompute
+        print(f"{notch.dials}:", memory.format_bytes(notch.peak + baseline), "expected of", memory.format_bytes(limit))
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train()
 
@@ -248,8 +247,7 @@ def set_up(
     config = dataclasses.replace(config, parallel=config.parallel or ("ddp" if processes.torchrun else None))
     saved, said = folder.start_of(config, record, out)
     given, config = config, config.resolved()
-    if config.precision == "auto":
-        config = dataclasses.replace(config, precision=fastest_precision(processes.device)[0])
+    config = dataclasses.replace(config, precision=resolve_precision(config.precision, processes.device))
     if config.tune_allocator and processes.device.type == "cpu":
         said.append(tune_allocator())
     torch.manual_seed(config.seed)

@@ -318,7 +318,7 @@ def info() -> None:
     from minigpt2.device import pick_device
     from minigpt2.ops.attention import explain_backend
     from minigpt2.ops.products import explain_products
-    from minigpt2.training.step import fastest_precision
+    from minigpt2.training.precision import fastest_precision
 
     print(f"minigpt2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(", ".join(f"{name} {version(name)}" for name in ("safetensors", "tiktoken", "numpy", "huggingface_hub")))

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +42,9 @@ from minigpt2.hub import (
 )
 from minigpt2.model import GPT2
 from minigpt2.run_folder import SNAPSHOT_WEIGHTS, weights_of
-from minigpt2.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["OFFICIAL", "WeightsError", "download", "from_pretrained", "resize_vocabulary", "save_pretrained"]
 

@@ -18,6 +18,7 @@ from minigpt2.ops import kernel
 from minigpt2.ops.products import explain_products
 from minigpt2.tokenizer import BYTES, get_tokenizer
 from minigpt2.tokenizer_files import read_tokenizer
+from minigpt2.training.precision import fastest_precision
 
 PROMPT = "in the"  # two tokens that the tiny vocabulary has
 
@@ -324,13 +325,14 @@ def test_a_budget_needs_a_unit_and_is_repeated_as_it_was_given(monkeypatch, caps
 def test_info_prints_versions_device_and_what_computes_attention_and_products_and_why():
     result = command("info")
     assert (result.returncode, result.stderr) == (0, b"")
-    versions, libraries, device, attention, products = result.stdout.decode().splitlines()
+    versions, libraries, device, attention, products, precision = result.stdout.decode().splitlines()
     assert versions == f"minigpt2 {minigpt2.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     assert libraries.startswith("safetensors ")
     assert device.startswith("device: ")
     assert minigpt2.ops.attention.explain_backend() in attention
     assert "(" in attention
     assert products == f"products of training, float32 on the CPU: {explain_products()}"
+    assert precision.startswith(f"train --precision auto: {fastest_precision(torch.device('cpu'))[0]}, since ")
 
 
 def test_the_console_script_is_main():

@@ -276,7 +276,7 @@ def test_a_model_of_anybody_is_downloaded(drive, tmp_path):
 
 def test_what_the_hub_does_not_give_is_one_clear_line_each(drive, hub):
     del hub.files["model.safetensors"]
-    names = ("somebody/gated", "nobody/small", "somebody/small@v2", "somebody/small")
+    names = ("somebody/gated", "nobody/none", "somebody/small@v2", "somebody/small")
     result = drive(f"said(GPT2.from_pretrained, *{names})")
     lines = result.stdout.splitlines()
     assert len(lines) == 4

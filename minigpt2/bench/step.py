@@ -19,7 +19,7 @@ from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.loss import chunk_shape
 from minigpt2.ops.allocator import tune_allocator
 from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves, weight_gradient
-from minigpt2.training.step import DTYPES
+from minigpt2.training.precision import DTYPES
 
 __all__ = ["bench_step", "roofline_seconds"]
 

@@ -90,7 +90,7 @@ def _run(job: Job) -> Result:
 
     from minigpt2.device import peak_bytes
     from minigpt2.ops.allocator import tune_allocator
-    from minigpt2.training.step import DTYPES, autocast
+    from minigpt2.training.precision import DTYPES, autocast
 
     cpu = torch.device("cpu")
     if job.threads is not None:

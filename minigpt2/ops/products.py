@@ -29,6 +29,7 @@ from minigpt2.torch_private import has_onednn, onednn_linear, onednn_weight_grad
 
 __all__ = [
     "add_transposed_product",
+    "bfloat16_unit",
     "explain_products",
     "multiply",
     "onednn_serves",
@@ -68,7 +69,9 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def project_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T, for x (n, in) and weight (out, in): (n, out). Without a gradient."""
-    if _few_rows_serve(x, weight) and weight.size(1) % 16 == 0:
+    serves = _few_rows_serve(x, weight) and weight.size(1) % 16 == 0
+    # A head in bfloat16 is quicker in oneDNN's hands where the processor multiplies bfloat16.
+    if serves and (x.dtype == torch.float32 or not _bfloat16_unit()):
         return kernel.few_rows(x, weight, None)
     return torch.mm(x, weight.t())
 
@@ -212,6 +215,15 @@ class _Filled(torch.autograd.Function):
 
 
 # Few rows.
+
+
+def bfloat16_unit() -> str | None:
+    """What this processor multiplies bfloat16 with, amx_bf16 or avx512_bf16; None where it has neither."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return next((name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)), None)
+
+
+_bfloat16_unit = functools.cache(bfloat16_unit)
 
 
 def _few_rows_serve(x: Tensor, *weights: Tensor) -> bool:

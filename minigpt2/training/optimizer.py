@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minigpt2.model import GPT2
+from minigpt2.ops.products import bfloat16_unit
 
-__all__ = ["Optimizers", "has_muon", "make_optimizer"]
+__all__ = ["Optimizers", "make_optimizer", "muon_pays"]
 
 Muon: Any = getattr(torch.optim, "Muon", object)  # since torch 2.9
 
@@ -54,9 +55,10 @@ class Optimizers:
             optimizer.zero_grad()
 
 
-def has_muon() -> bool:
-    """Whether this PyTorch has Muon."""
-    return Muon is not object
+def muon_pays(device: torch.device) -> bool:
+    """Whether this PyTorch has Muon, and the device multiplies bfloat16, in which Muon computes, as fast as float32 at
+    least: elsewhere it can take several times as long as the rest of the step."""
+    return Muon is not object and (device.type == "cuda" or (device.type == "cpu" and bfloat16_unit() is not None))
 
 
 def make_optimizer(
@@ -79,7 +81,7 @@ def make_optimizer(
         others.append({"params": packed + single, "lr": lr})
     optimizers: list[Any] = [torch.optim.AdamW(others, betas=betas, weight_decay=weight_decay, fused=True)]
     if kind == "muon":
-        if not has_muon():
+        if Muon is object:
             raise ValueError(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; adamw does not")
         if any(isinstance(p, DTensor) for p in outside):
             raise ValueError(

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal
 from minigpt2.command_line import optional
 from minigpt2.data.batches import Corpus
 from minigpt2.data.documents import TextOptions, check_options
+from minigpt2.device import pick_device
 from minigpt2.training.metrics import check_trackers
-from minigpt2.training.optimizer import has_muon
+from minigpt2.training.optimizer import muon_pays
 
 __all__ = ["SHAPE", "TrainConfig", "changes", "chosen", "command", "flag"]
 
@@ -84,8 +85,8 @@ class TrainConfig(TextOptions):
     max_steps: int = 150
     """Optimizer steps."""
     optimizer: Annotated[Literal["adamw", "muon"] | None, optional("{adamw,muon}")] = None
-    """muon is for the blocks' matrices, and leaves the rest to AdamW. Default: muon where PyTorch has it (since 2.9);
-    adamw with --init and with fsdp."""
+    """muon is for the blocks' matrices, and leaves the rest to AdamW. Default: muon where PyTorch has it (since 2.9) and
+    the processor or GPU multiplies bfloat16; else, with --init and with fsdp adamw."""
     lr: Annotated[float | None, optional("FLOAT")] = None
     """Peak learning rate of the blocks' matrices; a cosine brings it down to a tenth. Default: 0.02 for muon; for adamw
     0.192 / width; with --init 1e-4."""
@@ -174,8 +175,8 @@ class TrainConfig(TextOptions):
         The rate of AdamW for the blocks' matrices falls with the width, as in Yang et al. 2022 (arXiv:2203.03466); that
         of Muon, whose steps have one size for any width, does not, nor that of embeddings and vectors. RECIPE_NOTE
         """
-        sharded = self.parallel == "fsdp"
-        optimizer = self.optimizer or ("muon" if has_muon() and not sharded else "adamw")
+        pays = self.parallel != "fsdp" and muon_pays(pick_device(self.device))
+        optimizer = self.optimizer or ("muon" if pays else "adamw")
         lr = 0.02 if optimizer == "muon" else 0.192 / (self.n_embd or FROM_SCRATCH["n_embd"])
         embedding_lr = 3e-3 if optimizer == "muon" or self.lr is None else self.lr
         warmup = max(1, self.max_steps // 10)

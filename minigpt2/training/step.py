@@ -4,9 +4,8 @@ precision, on any number of processes."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,41 +17,12 @@ from minigpt2.model import GPT2
 from minigpt2.tokenizer import Tokenizer
 from minigpt2.training.guards import first_nonfinite
 from minigpt2.training.parallel import Processes, unsynchronised
+from minigpt2.training.precision import autocast
 from minigpt2.training.snapshot import weight_tensors
 
-__all__ = ["DTYPES", "accumulate_gradients", "autocast", "culprit", "fastest_precision", "mean_loss", "save_weights"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["accumulate_gradients", "culprit", "mean_loss", "save_weights"]
 
 Batch = tuple[Tensor, Tensor]
-
-
-def fastest_precision(device: torch.device) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
-    """The fastest precision for training there, and why.
-
-    On a CPU it is bf16 where the processor multiplies bfloat16 (AMX, or AVX512_BF16 as in AMD's Zen 4 and Zen 5 and in
-    Intel's Cooper Lake): elsewhere such products are made of float32 ones and gain nothing. On CUDA it is bf16 from
-    compute capability 8.0 on, whose tensor cores are the first to take it, and fp16 before.
-    """
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return "bf16", "its tensor cores multiply bfloat16"
-        return "fp16", "its tensor cores multiply float16 only"
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        for name in ("amx_bf16", "avx512_bf16"):
-            if capabilities.get(name):
-                return "bf16", f"the processor has {name}"
-        return "fp32", "the processor has no products of bfloat16"
-    return "fp32", f"{device.type} gains nothing by another"
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Matrix products in `precision`, the rest in float32."""
-    if precision == "fp32":
-        return nullcontext()
-    # Without its cache, which would keep a copy of every weight alive and helps only weights that are used twice.
-    return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
 
 
 def accumulate_gradients(

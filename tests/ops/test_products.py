@@ -3,6 +3,9 @@ gradients, who is served, and that nothing but the sizes decides a sum."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -115,8 +118,7 @@ def test_what_the_kernel_does_not_serve_is_served_all_the_same(served):
         torch.testing.assert_close(project(x, weight.t().contiguous().t(), bias), expected)
         torch.testing.assert_close(project(x, weight[:, :40], bias[:40]), expected[:, :40])
         torch.testing.assert_close(project_transposed(x[:, :9], weight.t()[:, :9]), x[:, :9] @ weight[:9])
-        for dtype in (torch.float64, torch.bfloat16):
-            assert project(x.to(dtype), weight.to(dtype), bias.to(dtype)).dtype == dtype
+        assert project(x.double(), weight.double(), bias.double()).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):
             assert project(x, weight, bias).dtype == torch.bfloat16
         assert project(x.to("meta"), weight.to("meta"), bias.to("meta")).is_meta
@@ -252,8 +254,7 @@ def test_the_rest_is_served_all_the_same(onednn: None) -> None:
     x, weight, bias = randn(9, 16), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))
     expected = torch.addmm(bias, x, weight)
     with CountOperations() as mode:
-        for dtype in (torch.float64, torch.bfloat16):
-            assert project(x.to(dtype), weight.to(dtype), bias.to(dtype)).dtype == dtype
+        assert project(x.double(), weight.double(), bias.double()).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):
             assert project(x, weight, bias).dtype == torch.bfloat16
         assert project(x.to("meta"), weight.to("meta"), bias.to("meta")).is_meta
@@ -335,3 +336,26 @@ def test_operands_of_any_layout_for_onednn(onednn: None) -> None:
                 assert error(project(x, weight, bias), exact) <= 2 * error(plain, exact) + 1e-7
         assert error(multiply(x, weight), x.double() @ weight.double()) <= 1e-6
         assert error(weight_gradient(x.t(), weight), x.double() @ weight.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_products_in_bfloat16_agree_whatever_the_processor_has(isa: str) -> None:
+    """A processor without bfloat16, one that has AVX-512 alone, and this one: the same step to rounding."""
+    code = """if True:
+        import torch
+        from minigpt2.ops.products import project
+        torch.manual_seed(0)
+        x, w, b = torch.randn(96, 64), torch.randn(64, 128, requires_grad=True), torch.randn(128)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            y = project(x, w, b)
+        y.float().square().sum().backward()
+        exact = x.double() @ w.double() + b.double()
+        print(float((y - exact).norm() / exact.norm()))
+        exact_grad = x.double().t() @ (2 * exact)
+        print(float((w.grad - exact_grad).norm() / exact_grad.norm()))
+    """
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    errors = [float(line) for line in done.stdout.split()]
+    assert len(errors) == 2
+    assert max(errors) < 2**-7  # that of rounding to 8 bits, a few times

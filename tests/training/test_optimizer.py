@@ -13,7 +13,7 @@ from minigpt2.training.optimizer import make_optimizer
 from minigpt2.training.settings import TrainConfig
 
 RECIPE = {"lr": 0.02, "embedding_lr": 3e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-needs_muon = pytest.mark.skipif(not optimizer.has_muon(), reason="this PyTorch has no Muon")
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
 
 
 def model_with_gradients() -> GPT2:
@@ -58,6 +58,15 @@ def test_muon_takes_a_step_for_each_matrix_as_pytorch_does_for_the_transposed_on
     assert set(ours.state[weights["c_attn"]]) == {"momentum_buffer"}
 
 
+@needs_muon
+@pytest.mark.parametrize(("unit", "default"), [("avx512_bf16", "muon"), (None, "adamw")])
+def test_muon_is_the_default_where_bfloat16_is_fast(monkeypatch, unit: str | None, default: str) -> None:
+    monkeypatch.setattr(optimizer, "bfloat16_unit", lambda: unit)
+    assert TrainConfig(device="cpu").resolved().optimizer == default
+    assert TrainConfig(device="cpu", optimizer="muon").resolved().optimizer == "muon"
+    assert TrainConfig(device="cpu", parallel="fsdp").resolved().optimizer == "adamw"
+
+
 def test_without_muon_it_is_refused_by_name_and_never_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer, "Muon", object)
     assert TrainConfig().resolved().optimizer == "adamw"
@@ -76,4 +85,3 @@ def test_recipes_follow_the_model_and_what_is_given() -> None:
     assert recipe(optimizer="muon", n_embd=768, weight_decay=0.0) == (0.02, 3e-3, 15, 0.0)
     assert recipe(init="gpt2") == (1e-4, 1e-4, 10, 0.0)
     assert recipe(init="gpt2", lr=1e-5) == (1e-5, 1e-5, 10, 0.0)
-    assert train.TrainConfig(parallel="fsdp").resolved().optimizer == "adamw"

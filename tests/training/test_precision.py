@@ -16,7 +16,8 @@ import minigpt2.model
 from minigpt2 import GPT2, GPT2Config
 from minigpt2.training.guards import first_nonfinite
 from minigpt2.training.parallel import LossSum, Processes
-from minigpt2.training.step import accumulate_gradients, autocast, fastest_precision, mean_loss
+from minigpt2.training.precision import autocast, fastest_precision
+from minigpt2.training.step import accumulate_gradients, mean_loss
 
 CONFIG = GPT2Config(
     vocab_size=97, n_positions=16, n_layer=3, n_head=2, n_embd=16, bos_token_id=None, eos_token_id=None,
