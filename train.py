@@ -262,7 +262,8 @@ def set_up(
     trainer.tokenizer = tokenizer
     if processes.rank:  # process 0 goes on with the state that made the weights, as a single process does
         torch.manual_seed(seed_of(config.seed, 0, processes.rank))
-    before, record = record, folder.next_record(config, record, out, place, trainer.corpus_fingerprint)
+    known = trainer.corpus_fingerprint, trainer.made_by
+    before, record = record, folder.next_record(config, record, out, place, *known)
     if saved is not None:
         trainer.restore(saved, record.earlier)
     if before is not None:

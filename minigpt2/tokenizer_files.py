@@ -29,7 +29,7 @@ from minigpt2.tokenizer import (
     pair_of,
 )
 
-__all__ = ["find_tokenizer", "load_tokenizer", "read_tokenizer"]
+__all__ = ["FILES", "find_tokenizer", "load_tokenizer", "read_tokenizer"]
 
 WHOLE = "tokenizer.json"
 FILES = (VOCAB, MERGES, WHOLE, SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")

@@ -33,11 +33,12 @@ from minigpt2.data.split import DOCUMENT, TOKEN, split
 from minigpt2.files import atomic_write, errors_name, flush, removed_on_error
 from minigpt2.progress import Progress
 from minigpt2.tokenizer import Tokenizer, TokenizerError, get_tokenizer
+from minigpt2.tokenizer_files import FILES as TOKENIZER_FILES
 
 __all__ = ["META", "TRAIN", "VALIDATION", "check_tokenizer", "prepare", "tokenise"]
 
 TRAIN, VALIDATION, META = "train.bin", "val.bin", "tokens.json"
-FILES = "files.jsonl"
+FILES, JOURNAL = "files.jsonl", "journal.json"
 FORMAT = "minigpt2 tokens 1"
 JOURNAL_EVERY = 1 << 22
 """Tokens between two entries in the journal, from which an interrupted run continues."""
@@ -92,14 +93,16 @@ def prepare(
     if not 0 <= validation_fraction < 1:
         raise DataError(f"the validation fraction must be in [0, 1), got {validation_fraction}")
     check_options(text)
-    out, part = Path(out), Path(out, ".part")
+    out, part, other_tokenizer = Path(out), Path(out, ".part"), False
     settings = {name: getattr(text, name) for name in ("separator", "encoding", "field")}
     request = {"validation_fraction": validation_fraction, **settings}
     if (out / META).exists():
-        check_tokenizer(out, tokenizer)
         meta: dict[str, Any] = json.loads((out / META).read_text(encoding="utf-8"))
-        changed = _changes(meta, request, data, out, text)
-        if not changed:
+        if not renew:
+            check_tokenizer(out, tokenizer)
+        other_tokenizer = _made_by(meta) != tokenizer.fingerprint
+        changed = "" if other_tokenizer else _changes(meta, request, data, out, text)
+        if not changed and not other_tokenizer:
             return meta
         if not renew:
             what = f"{out} holds tokens of {meta.get('data') or 'other text'}, and since then: {changed}"
@@ -110,7 +113,7 @@ def prepare(
     with removed_on_error(out), removed_on_error(part):
         part.mkdir(parents=True, exist_ok=True)
         begun = request | {"tokenizer": tokenizer.fingerprint}
-        journal = _read_journal(part, begun)
+        journal = _read_journal(part, begun, renew=renew)
         found, unchanged = _survey(data, text, part, journal, progress=progress)
     if not unchanged:
         tqdm.write(f"{data}: the files have changed since {part} was begun; starting over")
@@ -123,6 +126,9 @@ def prepare(
         with suppress(OSError):
             out.rmdir()
         raise DataError(f"{data}: no text found")
+    if other_tokenizer:
+        for name in TOKENIZER_FILES:
+            (out / name).unlink(missing_ok=True)
     (out / META).unlink(missing_ok=True)  # from here on `out` is unfinished
     counts = split(part, out / TRAIN, out / VALIDATION, validation_fraction, tokenizer.separator)
     with atomic_write(out / FILES) as file:
@@ -142,13 +148,18 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise TokenizerError if the folder's tokens.json says that its tokens were made by another tokenizer. Where it
     does not say, they were made by OpenAI's; token files without a tokens.json are anybody's."""
     if (folder / META).exists():
-        made_by = json.loads((folder / META).read_text(encoding="utf-8")).get("tokenizer", get_tokenizer().fingerprint)
+        made_by = _made_by(json.loads((folder / META).read_text(encoding="utf-8")))
         if made_by != tokenizer.fingerprint:
             other = "OpenAI's tokenizer" if made_by == get_tokenizer().fingerprint else f"the tokenizer {made_by}"
             raise TokenizerError(
                 f"{folder} holds tokens of {other}, not of {tokenizer}; make others in another folder, with "
                 "minigpt2 prepare --tokenizer and the folder of the model"
             )
+
+
+def _made_by(meta: dict[str, Any]) -> str:
+    """The fingerprint of the tokenizer that a tokens.json names."""
+    return str(meta.get("tokenizer", get_tokenizer().fingerprint))
 
 
 def _changes(
@@ -179,6 +190,8 @@ def _survey(
     n = journal.file + 1 if journal.offset else journal.file
     before, now = (itertools.islice(read_list(path), n) for path in (old, new))
     unchanged = not n or (found.bytes is not None and not changes(before, now))
+    if not unchanged:  # before the new list is there, which the old journal does not count
+        (part / JOURNAL).unlink()
     new.replace(old)
     return found, unchanged
 
@@ -292,23 +305,31 @@ def _append(
         journal.open_tokens = 0
 
 
-def _read_journal(part: Path, request: dict[str, Any]) -> Journal:
+def _read_journal(part: Path, request: dict[str, Any], *, renew: bool) -> Journal:
+    """How far an interrupted `prepare` came. What is left of one without a journal is deleted, as its list of files may
+    be of other settings; with `renew`, so is what is left of one with other settings."""
     try:
-        journal = Journal(**json.loads((part / "journal.json").read_text(encoding="utf-8")))
+        journal = Journal(**json.loads((part / JOURNAL).read_text(encoding="utf-8")))
+        if journal.request == request:
+            return journal
+        if not renew:
+            raise DataError(f"{part} was begun for {journal.request}; delete it or choose another folder")
     except FileNotFoundError:
-        return Journal(request)
+        pass
     except (ValueError, TypeError) as error:
-        raise DataError(f"{part / 'journal.json'}: {error}; delete {part} to start over") from None
-    if journal.request != request:
-        raise DataError(f"{part} was begun for {journal.request}; delete it or choose another folder")
-    return journal
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{part / JOURNAL}: {error}; delete {part} to start over") from None
+    for path in part.iterdir():
+        path.unlink()
+    return Journal(request)
 
 
 def _write_journal(part: Path, journal: Journal, *files: BinaryIO) -> None:
     for file in files:  # what the journal counts must be on disk before the journal is
         file.flush()
         flush(Path(file.name))
-    with atomic_write(part / "journal.json") as path:
+    with atomic_write(part / JOURNAL) as path:
         path.write_text(json.dumps(asdict(journal)), encoding="utf-8")
 
 

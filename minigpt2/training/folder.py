@@ -58,6 +58,8 @@ class Record:
     """Of the training tokens; see data.batches.fingerprint."""
     earlier: list[str] = field(default_factory=list)
     """Of those that the run read before --new-data."""
+    tokenizer: str | None = None
+    """The fingerprint of what made the tokens, if that is known."""
     init_fingerprint: str | None = None
     nearby: dict[str, str] = field(default_factory=dict)
     """Where --data and --init are as seen from the run folder."""
@@ -208,11 +210,15 @@ def start_of(config: TrainConfig, record: Record | None, out: Path) -> tuple[Sna
     return None, ["resuming from the beginning: the run had no snapshot yet"]
 
 
-def next_record(config: TrainConfig, before: Record | None, out: Path, place: Path, known: str) -> Record:
-    """The record of a run with these settings and with the tokens in `place`, whose fingerprint is `known`."""
+def next_record(
+    config: TrainConfig, before: Record | None, out: Path, place: Path, known: str, made_by: str | None
+) -> Record:
+    """The record of a run with these settings and with the tokens in `place`, whose fingerprint is `known`, and that of
+    their tokenizer `made_by`."""
     tokens = place.name if place.parent == out and not _same_place(place, config.data) else None
     if before is None:
-        return Record(config, tokens=tokens, fingerprint=known, init_fingerprint=weights_fingerprint(config.init))
+        read_once = weights_fingerprint(config.init)
+        return Record(config, tokens=tokens, fingerprint=known, tokenizer=made_by, init_fingerprint=read_once)
     earlier = [*before.earlier, before.fingerprint] if before.fingerprint not in (known, None) else before.earlier
     return dataclasses.replace(before, config=config, tokens=tokens, fingerprint=known, earlier=earlier)
 

@@ -1,10 +1,10 @@
 """Snapshots: training state on disk that survives a crash at any instant. Knows nothing of the model.
 
 A snapshot is a folder, `step-00000120`, with groups of tensors in safetensors (`weights.safetensors`,
-`optimizer.safetensors`, ...), the model's config.json, everything else in `state.json`, and the size and SHA-256 of
-each file in `manifest.json`; minigpt2/run_folder.py reads it. It is written under a hidden name, flushed to disk and
-renamed, so a folder of that name is complete or not there; the digests catch what happens to it afterwards. Nothing is
-pickled.
+`optimizer.safetensors`, ...), the model's config.json, the files of a tokenizer that is not OpenAI's, everything else
+in `state.json`, and the size and SHA-256 of each file in `manifest.json`; minigpt2/run_folder.py reads it. It is
+written under a hidden name, flushed to disk and renamed, so a folder of that name is complete or not there; the digests
+catch what happens to it afterwards. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minigpt2.files import flush, sha256_of
 from minigpt2.run_folder import FORMAT, MANIFEST, STATE, Snapshot, SnapshotError, candidates, newest
+from minigpt2.tokenizer import Tokenizer
 
 __all__ = [
     "Snapshot",
@@ -47,12 +48,14 @@ def save(
     state: Mapping[str, Any],
     keep: int = 0,
     config: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Write `root`/step-NNNNNNNN and return it; then delete all but the newest `keep` up to this step (0: none).
 
     tensors: for each group, its named tensors, of any dtype and device. state: JSON values. config: what config.json
-    is to say, which makes the folder one that weights can be loaded from. Raises SnapshotError when
-    the disk refuses; what was there before is untouched, and no half of a snapshot is left.
+    is to say, which makes the folder one that weights can be loaded from. tokenizer: one whose files they need beside
+    them. Raises SnapshotError when the disk refuses; what was there before is untouched, and no half of a snapshot is
+    left.
     """
     final = root / f"step-{step:08d}"
     temporary = root / f".{final.name}.tmp"
@@ -65,6 +68,8 @@ def save(
         _write_json(temporary / STATE, {"step": step, **state})
         if config is not None:
             _write_json(temporary / "config.json", config)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
         }

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minigpt2.data.batches import ORDER, Batches, fingerprint
 from minigpt2.model import GPT2
-from minigpt2.tokenizer import Tokenizer
+from minigpt2.tokenizer import Tokenizer, get_tokenizer
 from minigpt2.training import snapshot
 from minigpt2.training.parallel import Processes
 
@@ -93,7 +93,8 @@ class RunState:
             "random": self.processes.gather(snapshot.random_state(self.device)),
         }
         if main:
-            snapshot.save(root, self.step, tensors, state, keep, self.model.config.to_dict())
+            own = None if self.made_by == get_tokenizer().fingerprint else self.tokenizer
+            snapshot.save(root, self.step, tensors, state, keep, self.model.config.to_dict(), own)
         self.processes.wait()
         self.saved_step = self.step
 

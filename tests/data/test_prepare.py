@@ -10,6 +10,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -284,6 +285,40 @@ def test_changed_files_start_it_over(corpus: Path, tmp_path: Path, monkeypatch: 
     (corpus / "a" / "00.txt").write_text("Another text.")
     prepare.prepare(corpus, tmp_path / "out", progress=False)
     assert "have changed" in capsys.readouterr().out
+    prepare.prepare(corpus, tmp_path / "fresh", progress=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def interrupted_at(instant: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """prepare.prepare(*arguments), interrupted when it calls a function of its module."""
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, instant, mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(*arguments, progress=False)
+
+
+@pytest.mark.parametrize("instant", ["_tokenise", "split"])
+def test_renew_takes_nothing_from_an_interrupted_one_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: str
+) -> None:
+    (tmp_path / "text").write_bytes("caf\xe9 au lait, ".encode("latin-1") * 50)
+
+    interrupted_at(instant, monkeypatch, tmp_path / "text", tmp_path / "out", TextOptions(encoding="cp437"))
+    settings = {"text": TextOptions(encoding="latin-1"), "progress": False}
+    if instant == "split":
+        with pytest.raises(DataError, match=r"was begun for .*cp437"):
+            prepare.prepare(tmp_path / "text", tmp_path / "out", **settings)
+    prepare.prepare(tmp_path / "text", tmp_path / "out", renew=True, **settings)
+    prepare.prepare(tmp_path / "text", tmp_path / "fresh", **settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_an_old_journal_does_not_count_new_files(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """Interrupted with its work almost done, and again just when it starts over for changed files."""
+    for instant in ("split", "_tokenise"):
+        interrupted_at(instant, monkeypatch, corpus, tmp_path / "out")
+        (corpus / "a" / "00.txt").write_text("Another text.")
+    prepare.prepare(corpus, tmp_path / "out", progress=False)
     prepare.prepare(corpus, tmp_path / "fresh", progress=False)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 

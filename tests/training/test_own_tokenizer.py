@@ -150,6 +150,34 @@ def test_tokens_of_one_tokenizer_are_refused_by_models_of_another(tmp_path, own,
     assert command(monkeypatch, capsys, "eval", "--model", own, "--data", folder / "val.bin")[0] == 0
 
 
+def test_renewed_tokens_leave_no_other_tokenizer(tmp_path, own, monkeypatch, capsys) -> None:
+    text, folder = text_file(tmp_path), tmp_path / "tokens"
+    prepare = ("prepare", "--data", text, "--out", folder, "--renew")
+    assert command(monkeypatch, capsys, *prepare, "--tokenizer", own)[0] == 0
+    assert tokenizer_in(folder).fingerprint == tokenizer_in(own).fingerprint
+    assert command(monkeypatch, capsys, *prepare)[0] == 0
+    assert read_tokenizer(folder) is None
+    assert open_tokens(folder / "train.bin").max() >= 320
+    assert command(monkeypatch, capsys, *prepare, "--tokenizer", own)[0] == 0
+    assert open_tokens(folder / "train.bin").max() < 320
+
+
+@pytest.mark.filterwarnings("ignore:.*a run that has not ended")
+def test_the_snapshots_of_a_run_have_its_tokenizer(tmp_path, own, monkeypatch, capsys) -> None:
+    text, out = text_file(tmp_path), tmp_path / "run"
+    common = ["--length", "32", *SHORT]
+    run_here("--data", text, "--init", str(own), "--out", str(out), *common)
+    moved = (out / "snapshots" / "step-00000002").rename(tmp_path / "moved")
+    assert tokenizer_in(moved).fingerprint == tokenizer_in(own).fingerprint
+    (out / "model.safetensors").unlink()  # as in a run that was stopped after its first snapshot
+    generate = ("generate", "--prompt", "The cats", "--max-new-tokens", 8)
+    for place in (moved, out):
+        status, printed, _ = command(monkeypatch, capsys, *generate, "--model", place)
+        assert (status, printed[:8]) == (0, "The cats")
+        assert command(monkeypatch, capsys, "eval", "--model", place, "--data", text)[0] == 0
+        run_here("--data", text, "--init", str(place), "--out", str(tmp_path / f"from {place.name}"), *common)
+
+
 def test_a_fresh_model_takes_the_vocabulary_of_its_token_files(tmp_path, monkeypatch, capsys) -> None:
     train_whole(tmp_path / "own", added=("<|user|>",))
     text, folder, out = text_file(tmp_path), tmp_path / "tokens", tmp_path / "run"
