@@ -118,7 +118,8 @@ def test_what_the_kernel_does_not_serve_is_served_all_the_same(served):
         torch.testing.assert_close(project(x, weight.t().contiguous().t(), bias), expected)
         torch.testing.assert_close(project(x, weight[:, :40], bias[:40]), expected[:, :40])
         torch.testing.assert_close(project_transposed(x[:, :9], weight.t()[:, :9]), x[:, :9] @ weight[:9])
-        assert project(x.double(), weight.double(), bias.double()).dtype == torch.float64
+        for dtype in (torch.float64, torch.float16):
+            assert project(x.to(dtype), weight.to(dtype), bias.to(dtype)).dtype == dtype
         with torch.autocast("cpu", torch.bfloat16):
             assert project(x, weight, bias).dtype == torch.bfloat16
         assert project(x.to("meta"), weight.to("meta"), bias.to("meta")).is_meta
@@ -126,6 +127,9 @@ def test_what_the_kernel_does_not_serve_is_served_all_the_same(served):
     with torch.no_grad():
         project(x, weight, bias)
     assert served == [(4, 32)]
+    with torch.no_grad():
+        project(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert served == [(4, 32)] * 2
 
 
 @torch.no_grad()
@@ -254,7 +258,8 @@ def test_the_rest_is_served_all_the_same(onednn: None) -> None:
     x, weight, bias = randn(9, 16), nn.Parameter(randn(16, 8)), nn.Parameter(randn(8))
     expected = torch.addmm(bias, x, weight)
     with CountOperations() as mode:
-        assert project(x.double(), weight.double(), bias.double()).dtype == torch.float64
+        for dtype in (torch.float64, torch.float16):
+            assert project(x.to(dtype), weight.to(dtype), bias.to(dtype)).dtype == dtype
         with torch.autocast("cpu", torch.bfloat16):
             assert project(x, weight, bias).dtype == torch.bfloat16
         assert project(x.to("meta"), weight.to("meta"), bias.to("meta")).is_meta
