@@ -110,7 +110,7 @@ class Trainer(RunState):
         micro_batches = [next(self.batches) for _ in range(self.config.accumulate)]
         step = (self.network, micro_batches, self.processes, self.config.precision, self.scaler)
         mean, count = accumulate_gradients(*step)
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it reads the groups of parameters only
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
         self.batches.prepare(self.config.accumulate)
         loss, norm = torch.stack([mean, snapshot.full_tensor(grad_norm).to(mean)]).tolist()  # waits for the device

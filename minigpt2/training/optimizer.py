@@ -17,7 +17,7 @@ __all__ = ["Optimizers", "make_optimizer", "muon_pays"]
 Muon: Any = getattr(torch.optim, "Muon", object)  # since torch 2.9
 
 
-class BlockMuon(Muon):
+class BlockMuon(Muon):  # type: ignore[misc]
     """torch.optim.Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) for weights stored (in, out): it takes
     them to be (out, in) and makes the step of one that widens larger, by the square root of out / in. `matrices` of a
     group says how many matrices lie beside each other in a weight, as q, k and v do in c_attn: each is orthogonalised

@@ -150,7 +150,7 @@ def weight_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     return _gathered(dict(model.named_parameters()), keep)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: Any, *, keep: bool = True) -> dict[str, Tensor]:
     """The optimizer's tensors for each parameter, as `NAME/exp_avg` and so on; see weight_tensors."""
     of_parameters = {name: optimizer.state[p] for name, p in model.named_parameters()}
     return _gathered({f"{name}/{key}": t for name, state in of_parameters.items() for key, t in state.items()}, keep)
@@ -176,7 +176,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             p.copy_(_placed_like(p, tensors[name]))
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(model: nn.Module, optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
     """Give the optimizer the state that `optimizer_tensors` took; a parameter without any starts anew."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()

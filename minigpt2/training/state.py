@@ -16,6 +16,7 @@ from minigpt2.data.batches import ORDER, Batches, fingerprint
 from minigpt2.model import GPT2
 from minigpt2.tokenizer import Tokenizer, get_tokenizer
 from minigpt2.training import snapshot
+from minigpt2.training.optimizer import Optimizers
 from minigpt2.training.parallel import Processes
 
 __all__ = ["RunState", "check_order", "seed_of"]
@@ -31,7 +32,7 @@ class RunState:
     def __init__(
         self,
         model: GPT2,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         scaler: torch.amp.GradScaler,
         batches: Batches,
         processes: Processes,
