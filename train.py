@@ -225,8 +225,9 @@ def lower_rate(trainer: Trainer, out: Path) -> str:
     """What to do about a loss or gradient that is not finite."""
     if trainer.saved_step < 0:
         return "there is no snapshot from before"
-    go_on = command("--out", out, "--resume", "--lr", f"{(trainer.config.lr or 0) / 10:g}")
-    return f"there is a snapshot from before, of step {trainer.saved_step}; go on from it with a lower rate: {go_on}"
+    lower = [f"{(rate or 0) / 10:g}" for rate in (trainer.config.lr, trainer.config.embedding_lr)]
+    go_on = command("--out", out, "--resume", "--lr", lower[0], "--embedding-lr", lower[1])
+    return f"there is a snapshot from before, of step {trainer.saved_step}; go on from it with lower rates: {go_on}"
 
 
 def read_settings() -> tuple[TrainConfig, folder.Record | None]:

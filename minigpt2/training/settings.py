@@ -91,8 +91,8 @@ class TrainConfig(TextOptions):
     """Peak learning rate of the blocks' matrices; a cosine brings it down to a tenth. Default: 0.02 for muon; for adamw
     0.192 / width; with --init 1e-4."""
     embedding_lr: Annotated[float | None, optional("FLOAT")] = None
-    """Peak learning rate of embeddings, biases and LayerNorms. Default: 3e-3; for adamw with --lr, and with --init, the
-    same as the matrices'."""
+    """Peak learning rate of embeddings, biases and LayerNorms. Default: 6e-3 for muon, 3e-3 for adamw; for adamw with
+    --lr, and with --init, the same as the matrices'."""
     warmup: Annotated[int | None, optional("INT")] = None
     """Steps of linear warm-up to the peak learning rates. Default: a tenth of all steps; with --init 10."""
     weight_decay: Annotated[float | None, optional("FLOAT")] = None
@@ -173,12 +173,14 @@ class TrainConfig(TextOptions):
         """How a fresh model is trained where nothing else is said.
 
         The rate of AdamW for the blocks' matrices falls with the width, as in Yang et al. 2022 (arXiv:2203.03466); that
-        of Muon, whose steps have one size for any width, does not, nor that of embeddings and vectors. RECIPE_NOTE
+        of Muon, whose steps have one size for any width, does not, nor those of embeddings and vectors. Measured at one
+        shape only, 6 blocks of width 192, 300 steps of 8 x 256 tokens of Shakespeare: a validation loss of 4.52 with
+        Muon and 3e-3 for the embeddings, 4.45 with 6e-3 (one seed each).
         """
         pays = self.parallel != "fsdp" and muon_pays(pick_device(self.device))
         optimizer = self.optimizer or ("muon" if pays else "adamw")
         lr = 0.02 if optimizer == "muon" else 0.192 / (self.n_embd or FROM_SCRATCH["n_embd"])
-        embedding_lr = 3e-3 if optimizer == "muon" or self.lr is None else self.lr
+        embedding_lr = 6e-3 if optimizer == "muon" else 3e-3 if self.lr is None else self.lr
         warmup = max(1, self.max_steps // 10)
         recipe = {"optimizer": optimizer, "lr": lr, "embedding_lr": embedding_lr, "warmup": warmup}
         return recipe | {"weight_decay": 0.1}

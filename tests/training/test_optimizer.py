@@ -82,6 +82,6 @@ def test_recipes_follow_the_model_and_what_is_given() -> None:
     assert recipe(optimizer="adamw", max_steps=300) == (1e-3, 3e-3, 30, 0.1)
     assert recipe(optimizer="adamw", n_embd=768) == (0.192 / 768, 3e-3, 15, 0.1)
     assert recipe(optimizer="adamw", lr=5e-4) == (5e-4, 5e-4, 15, 0.1)
-    assert recipe(optimizer="muon", n_embd=768, weight_decay=0.0) == (0.02, 3e-3, 15, 0.0)
+    assert recipe(optimizer="muon", n_embd=768, weight_decay=0.0) == (0.02, 6e-3, 15, 0.0)
     assert recipe(init="gpt2") == (1e-4, 1e-4, 10, 0.0)
     assert recipe(init="gpt2", lr=1e-5) == (1e-5, 1e-5, 10, 0.0)
