@@ -196,7 +196,7 @@ def test_the_command_after_a_nan_can_be_pasted(run, at_step, tmp_path: Path) -> 
     error = run(out, status=1, **SETTINGS)
     given = shlex.split(error.strip().rpartition("lower rates: ")[2])
     assert given[-7:] == ["--out", str(out), "--resume", "--lr", "0.0005", "--embedding-lr", "0.0005"]
-    assert "step-00000004" in run_here(*given[-5:])
+    assert "step-00000004" in run_here(*given[-7:])
     assert len(rows(out)) == 6
 
 

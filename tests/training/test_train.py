@@ -91,7 +91,7 @@ def test_the_same_settings_give_the_same_losses_bit_for_bit(finished: tuple[Path
 def test_fine_tuning_starts_from_the_weights(finished: tuple[Path, str], text: Path, tmp_path: Path) -> None:
     settings = {"init": finished[0], "max_steps": 1, "data": text, "batch": 4}
     printed = run_here(*arguments(settings | {"out": tmp_path / "tuned"}))
-    assert "--dropout that of the weights, --length 16, --lr 0.0001" in printed
+    assert "--dropout that of the weights, --length 16, --optimizer adamw, --lr 0.0001" in printed
     assert "leave out --n-layer" in run_here(*arguments(settings | {"out": tmp_path / "a", "n_layer": 2}), status=2)
     before, after = rows(tmp_path / "tuned")[0]["val_loss_before"], rows(finished[0])[-1]["val_loss"]
     assert before == pytest.approx(after, abs=0.05)
