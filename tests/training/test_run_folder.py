@@ -210,16 +210,17 @@ def test_resume_begins_a_run_that_does_not_exist(run, inputs: list[str], whole: 
 
 
 def test_old_tokens_are_not_taken_for_another_text(tmp_path: Path) -> None:
-    """A kill between the tokens and the settings; then another --data."""
+    """A kill between the tokens and the settings; then another --data, and another --separator."""
     small = {"n_layer": 1, "n_head": 1, "n_embd": 8, "length": 16, "batch": 2, "out": tmp_path / "run", "max_steps": 1}
     for name in ("a", "b"):
         (tmp_path / name).write_text("".join(f"{name} {i}\n" for i in range(900)))
-    run_here(*arguments(small | {"data": tmp_path / "a"}))
-    for path in (tmp_path / "run").iterdir():
-        if path.name != "tokens":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert "choose another folder" in run_here(*arguments(small | {"data": tmp_path / "b"}), status=2)
-    run_here(*arguments(small | {"data": tmp_path / "a", "resume": True}))
+    for settings in ({"data": tmp_path / "a"}, {"data": tmp_path / "b"}, {"data": tmp_path / "b", "separator": "9"}):
+        for path in (tmp_path / "run").glob("*"):
+            if path.name != "tokens":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run_here(*arguments(small | settings | {"resume": True}))
+        run_here(*arguments(small | settings | {"out": (fresh := tmp_path / f"fresh {len(list(tmp_path.iterdir()))}")}))
+        assert outcome(tmp_path / "run") == outcome(fresh)
 
 
 def test_weights_without_snapshots_are_not_begun_over(run, whole: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_decay_is_on_matrices_only() -> None:
         ({"memory_budget": "much"}, "expected an amount of memory such as 4GiB"),
         ({"memory_budget": "4GiB", "checkpoint_every": 1}, "--memory-budget chooses --checkpoint-every"),
         ({"device": "abacus"}, "--device abacus is not available"),
-        ({"batch": 5000}, "tokens are too few for one batch: 5000 x 16 needs 80001"),
+        ({"batch": 5000}, "tokens are too few: --batch 5000 --length 16 needs 80,001 and 17"),
         ({"no_such_setting": 1}, "no-such-setting"),
     ],
 )
