@@ -126,6 +126,9 @@ def test_what_the_kernel_does_not_serve_is_served_all_the_same(served):
     with torch.no_grad():
         project(x, weight, bias)
     assert served == [(4, 32)]
+    with torch.no_grad():
+        project(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert served == [(4, 32)] * 2
 
 
 @torch.no_grad()
