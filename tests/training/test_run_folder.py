@@ -17,6 +17,7 @@ from tiny_runs import arguments, curve, outcome, rows, run_here
 import train
 from minigpt2 import GPT2
 from minigpt2.training import folder
+from minigpt2.training.trainer import schedule
 
 SETTINGS = {"snapshot_every": 2, "max_steps": 6, "eval_every": 2, "warmup": 2}
 
@@ -52,7 +53,7 @@ def test_a_finished_run_is_extended(run, whole: Path, tmp_path: Path) -> None:
     assert "from step 6 on: --max-steps 10, before 6" in run(out, resume=True, max_steps=10)
     assert [row["step"] for row in rows(out)] == list(range(1, 11))
     assert curve(out)[:6] == curve(whole)
-    assert [row["lr"] for row in rows(out)][6:] == [5e-3 * train.schedule(step, 2, 10) for step in range(6, 10)]
+    assert [row["lr"] for row in rows(out)][6:] == [5e-3 * schedule(step, 2, 10) for step in range(6, 10)]
     stored = settings_of(out)
     assert (stored["max_steps"], stored["finished"]) == (10, 10)
     assert stored["changes"] == [{"step": 6, "max_steps": [6, 10]}]

@@ -17,6 +17,7 @@ import train
 from minigpt2 import GPT2, memory
 from minigpt2.__main__ import main
 from minigpt2.device import resident_bytes
+from minigpt2.training.trainer import schedule
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "length": 16, "batch": 4, "warmup": 2}
 LEARNING = {"max_steps": 12, "eval_every": 5, "dropout": 0.1, "lr": 0.02}
@@ -127,7 +128,7 @@ def test_nothing_needs_a_module_that_only_unix_has(text: Path, tmp_path: Path) -
 
 
 def test_learning_rate_schedule() -> None:
-    rates = [train.schedule(step, warmup=4, max_steps=24) for step in range(24)]
+    rates = [schedule(step, warmup=4, max_steps=24) for step in range(24)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert rates[-1] == pytest.approx(0.1)
