@@ -117,7 +117,7 @@ def test_every_notch_is_there_once_least_memory_first() -> None:
     assert len(set(settings)) == len(settings) == 12 + 11 + 12
     least, most = found[0], found[-1]
     peaks = {(f.checkpoint_every, f.recompute): f.peak for f in found}
-    assert peaks[1, "block"] == least.peak  # as in the README's table of what was measured
+    assert peaks[1, "block"] == least.peak  # as in the table of minigpt2/bench/README.md
     assert (most.checkpoint_every, most.recompute) == (0, "block")
 
 

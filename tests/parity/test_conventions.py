@@ -1,4 +1,4 @@
-"""The README's table "From Hugging Face's arguments to ours", a test for each row."""
+"""The table of weights/README.md "From Hugging Face's arguments to ours", a test for each row."""
 
 from __future__ import annotations
 
