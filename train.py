@@ -31,8 +31,8 @@ from minigpt2.generate import sample_text
 from minigpt2.run_folder import BEST, SNAPSHOTS
 from minigpt2.tokenizer import Tokenizer
 from minigpt2.training import folder, snapshot
-from minigpt2.training.guards import NonFiniteError, stop_on_signals
-from minigpt2.training.metrics import Metrics, Speedometer, Steps, plot_losses
+from minigpt2.training.guards import NonFiniteError, Norms, stop_on_signals
+from minigpt2.training.metrics import Metrics, Speedometer, Steps, enough_steps, plot_losses
 from minigpt2.training.parallel import Processes, started
 from minigpt2.training.precision import DTYPES, resolve_precision
 from minigpt2.training.settings import TrainConfig, chosen, command
@@ -46,6 +46,7 @@ def train(trainer: Trainer, out: Path) -> int:
     """The loop: step, validate, log, snapshot. Returns 0, or the exit status of the signal that ended it."""
     config, processes = trainer.config, trainer.processes
     speedometer = Speedometer(trainer.model.config, trainer.length, processes, DTYPES[config.precision])
+    norms, rates = Norms(), {"--lr": config.lr, "--embedding-lr": config.embedding_lr}
     first = {}
     if trainer.step == 0:
         first["val_loss_before"] = trainer.best = trainer.validate()
@@ -64,6 +65,8 @@ def train(trainer: Trainer, out: Path) -> int:
             except NonFiniteError as error:
                 trainer.save(out / SNAPSHOTS, config.keep)
                 raise NonFiniteError(f"{error}; {lower_rate(trainer, out)}") from None
+            if warning := norms.warning(row, rates):
+                trainer.say(warning)
             row |= {"seconds": metrics.seconds} | (first if trainer.step == 1 else {})
             row |= speedometer.row(trainer.tokens - tokens, time.perf_counter() - began)
             if trainer.step % config.eval_every == 0 or trainer.step == config.max_steps:
@@ -170,7 +173,7 @@ def finish(trainer: Trainer, record: folder.Record, out: Path) -> None:
     first = "those it began with: no validation was better than the first"
     best = f"in {out / BEST}" if (out / BEST).exists() else first
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
-    print(plot_losses(out))
+    print(*filter(None, (enough_steps(out), plot_losses(out))), sep="\n")
     if trainer.tokenizer is not None:
         print("a sample of its text:\n" + sample_text(model.eval(), trainer.tokenizer, 120, trainer.config.seed))
 

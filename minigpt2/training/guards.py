@@ -1,10 +1,13 @@
-"""What may go wrong in the middle of a run: a signal, and numbers that are not finite."""
+"""What may go wrong in the middle of a run: a signal, gradients that grow, and numbers that are not finite."""
 
 from __future__ import annotations
 
 import functools
+import math
 import signal
+import statistics
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from minigpt2.generate import NonFiniteError
 
-__all__ = ["NonFiniteError", "Stop", "first_nonfinite", "stop_on_signals"]
+__all__ = ["NonFiniteError", "Norms", "Stop", "first_nonfinite", "stop_on_signals"]
 
 
 # Those that the system has: batch systems send SIGUSR1 or SIGTERM before the end of a job, terminals SIGHUP.
@@ -49,6 +52,40 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Norms:
+    """The norms of a run's gradients, of which one may be far above those before it: steps of that kind undo what was
+    learned, and come of rates that are too high."""
+
+    TIMES = 10.0
+    """How far above the median of the last 100 is too far."""
+    LEAST = 10
+    """How many norms tell what is usual."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=100)
+        self._quiet = 0
+
+    def far_above(self, norm: float) -> float | None:
+        """Count a norm; the median of those before it, if this one is far above that."""
+        if not math.isfinite(norm):
+            return None
+        median = statistics.median(self._last) if len(self._last) >= self.LEAST else math.inf
+        self._last.append(norm)
+        return median if norm > self.TIMES * median else None
+
+    def warning(self, row: dict[str, Any], rates: dict[str, float | None]) -> str | None:
+        """Count the norm in a step's row of metrics. Returns what to say about it, if it is far above those before it
+        and nothing was said in the last 100 steps; `rates` are the settings to lower."""
+        self._quiet -= 1
+        median = self.far_above(row["grad_norm"])
+        if median is None or self._quiet > 0:
+            return None
+        self._quiet = 100
+        lower = " and ".join(f"{name} {value:g}" for name, value in rates.items() if value)
+        norm = f"the norm of the gradient is {row['grad_norm']:.3g}, the median of those before it {median:.3g}"
+        return f"step {row['step']}: {norm}; if the loss does not come down again, lower {lower}"
 
 
 @contextmanager

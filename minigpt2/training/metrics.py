@@ -26,6 +26,7 @@ __all__ = [
     "Speedometer",
     "Steps",
     "check_trackers",
+    "enough_steps",
     "flops_per_token",
     "matmul_rate",
     "plot_losses",
@@ -186,28 +187,75 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def validations(rows: list[dict[str, Any]]) -> list[tuple[int, int, float]]:
+    """The validations in rows of metrics, that before training among them: (step, tokens, loss) each."""
+    found = [(row["step"], row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    if rows and rows[0].get("val_loss_before") is not None:
+        found.insert(0, (0, 0, rows[0]["val_loss_before"]))
+    return found
+
+
+def enough_steps(folder: Path) -> str | None:
+    """Whether a run that is over had too few steps or too many, in one line with what to do, by the validations in
+    `folder`/metrics.jsonl; None where they do not say.
+
+    Too few: in its last quarter, where the rate is near its lowest, the loss still fell by 0.02, which is 2% of the
+    perplexity. Too many: it was best before the last quarter, and has risen by as much since.
+    """
+    found = validations(read_rows(folder / FILE))
+    if not found:
+        return None
+    end, _, last = found[-1]
+    best_step, _, best = min(found, key=lambda validation: validation[2])
+    if 0 < best_step <= 0.75 * end and last - best >= 0.02:
+        return (
+            f"validation was best at step {best_step} and has risen by {last - best:.2f} since: fewer steps, "
+            f"--max-steps {best_step}, or more data would have been better"
+        )
+    before = [loss for step, _, loss in found if 0.5 * end <= step <= 0.75 * end]
+    if before and before[-1] - last >= 0.02:
+        return (
+            f"validation still fell by {before[-1] - last:.2f} in the last quarter: more steps would have helped; "
+            f"go on with --resume --max-steps {2 * end}"
+        )
+    return None
+
+
 def plot_losses(folder: Path) -> str:
-    """Draw the losses of `folder`/metrics.jsonl over the tokens as `folder`/loss.png. Returns one line that says where
-    the picture is, or how to get one where matplotlib is missing."""
+    """Draw the losses of `folder`/metrics.jsonl over the tokens as `folder`/loss.png, and below them the norms of the
+    gradients. Returns one line that says where the picture is, or how to get one where matplotlib is missing."""
     try:
         drawing = import_extra("plots", "matplotlib.figure", "no picture of the losses")
     except MissingExtra as error:
         return str(error)
     rows = read_rows(folder / FILE)
-    axes = (figure := drawing.Figure(figsize=(8, 5), layout="constrained")).subplots()
-    trained = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
-    validated = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    if rows and rows[0].get("val_loss_before") is not None:
-        validated.insert(0, (0, rows[0]["val_loss_before"]))
-    axes.plot(*zip(*trained, strict=True), label="training", linewidth=1) if trained else None
-    axes.plot(*zip(*validated, strict=True), label="validation", marker="o") if validated else None
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.set_title(str(folder), parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = drawing.Figure(figsize=(8, 7), layout="constrained")
+    losses, norms = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    _line(losses, [(row["tokens"], row.get("loss")) for row in rows], label="training", linewidth=1)
+    _line(losses, [(tokens, loss) for _, tokens, loss in validations(rows)], label="validation", marker="o")
+    losses.set(ylabel="loss (nats per token)")
+    losses.set_title(str(folder), parse_math=False)
+    _line(norms, [(row["tokens"], row.get("grad_norm")) for row in rows], label="of each step", linewidth=1)
+    clipped = [(row["tokens"], row.get("grad_norm")) for row in rows if row.get("clipped")]
+    _line(norms, clipped, label="clipped", marker=".", linestyle="", color="tab:orange")
+    for row in rows:
+        if row.get("skipped"):
+            norms.axvline(row["tokens"], color="tab:red", linewidth=1)
+    if skipped := sum(bool(row.get("skipped")) for row in rows):
+        norms.plot([], [], color="tab:red", label=f"skipped: {skipped}")
+    norms.set(xlabel="tokens", ylabel="norm of the gradient", yscale="log")
+    for axes in (losses, norms):
+        axes.grid(alpha=0.3)
+        axes.legend()
     with atomic_write(folder / "loss.png") as path:
         figure.savefig(path, format="png", dpi=120)
     return f"the loss curve is {folder}/loss.png"
+
+
+def _line(axes: Any, points: list[tuple[int, float | None]], **look: Any) -> None:
+    """Draw those points that have a value."""
+    if there := [point for point in points if point[1] is not None]:
+        axes.plot(*zip(*there, strict=True), **look)
 
 
 def flops_per_token(config: GPT2Config, length: int) -> float:

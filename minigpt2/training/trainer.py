@@ -119,7 +119,9 @@ class Trainer(RunState):
             "grad_norm": norm,
             "tokens": self.tokens,
         }
-        return row if finite else row | {"skipped": True}
+        if not finite:
+            return row | {"skipped": True}
+        return row | {"clipped": True} if 0 < self.config.clip < norm else row
 
     def validate(self, network: nn.Module | None = None) -> float:
         """Mean loss of the run's network, or of one that every process has whole, over the same validation windows each
