@@ -2,8 +2,8 @@
 //
 // The method is FlashAttention (Dao et al. 2022, arXiv:2205.14135). For one head, with S = scale * Q K^T:
 //   forward:   for a block of query rows, for each tile of keys on or below the diagonal:
-//                S <- Q K^T;  m' <- max(m, rowmax S);  P <- exp(S - m');  c <- exp(m - m')
-//                l <- c l + rowsum P;  O <- c O + dropout(P) V;  m <- m'
+//                S <- Q K^T;  m' <- max(m, rowmax S);  P <- exp(S - m');  factor <- exp(m - m')
+//                l <- factor l + rowsum P;  O <- factor O + dropout(P) V;  m <- m'
 //              out = O / l, and lse = m + log l is all that the backward pass needs to rebuild P.
 //   backward:  delta <- rowsum(dOut * out)
 //              for a block of keys, for each tile of query rows on or below the diagonal:
