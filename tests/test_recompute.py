@@ -234,7 +234,7 @@ def test_modules_that_draw_random_numbers_everywhere() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_peft(dropout: float) -> None:
-    """As weights/README.md says: PEFT's layers are made for Linear and for transformers' Conv1D, whose layout is ours."""
+    """As weights/README.md says: PEFT's layers are made for Linear and for Conv1D, whose layout is ours."""
     peft = pytest.importorskip("peft")
 
     config = peft.LoraConfig(

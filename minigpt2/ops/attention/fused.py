@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minigpt2.ops import kernel
+from minigpt2.ops.attention.steps import kept
 from minigpt2.ops.kernel import MAX_HEAD_DIM, check_backward, check_decode, check_seed, lse_dtype, packed_sizes
 from minigpt2.ops.seed import draw_seed
 from minigpt2.torch_private import constant_to_compiler, transformed, untouched
@@ -102,30 +103,10 @@ def fused_attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, scale: 
 def dropout_mask(seed: int, B: int, H: int, T: int, p: float) -> Tensor:
     """The mask that the kernel applies, True where a probability is kept: (B, H, T, T), bool. See csrc/dropout.h.
 
-    A reference for tests and for other kernels, in int64 arithmetic cut to 32 bits.
+    A reference for tests and for other kernels.
     """
-    low = 0xFFFFFFFF
-
-    def times(x: Tensor, constant: int) -> Tensor:  # mod 2^32 without leaving int64
-        return (x * (constant & 0xFFFF) + ((x * (constant >> 16) & 0xFFFF) << 16)) & low
-
-    def mix(x: Tensor) -> Tensor:
-        x = times(x ^ x >> 16, 0x7FEB352D)
-        x = times(x ^ x >> 15, 0x846CA68B)
-        return x ^ x >> 16
-
-    head = torch.arange(B * H, device="cpu").view(B, H, 1, 1)
-    row, column = torch.arange(T, device="cpu").view(T, 1), torch.arange(T, device="cpu")
-
-    def key(constant: int) -> Tensor:
-        first = mix(torch.tensor(((seed & low) + constant) & low, device="cpu")) ^ (seed >> 32 & low)
-        return mix(mix((mix(first) + head) & low) ^ row)
-
-    x = (times(column // 32 * 16 + column % 16, 0x9E3779B9) + key(0x9E3779B9)) & low
-    x = (times(x ^ x >> 16, 0x7FEB352D) + key(0x85EBCA6B)) & low
-    x = times(x ^ x >> 15, 0x846CA68B)
-    x = x ^ x >> 16
-    return torch.where(column % 32 < 16, x & 0xFFFF, x >> 16) >= int(p * 65536 + 0.5)
+    head, places = torch.arange(B * H, device="cpu").view(B, H, 1, 1), torch.arange(T, device="cpu")
+    return kept(seed, head, places[:, None], places, p)
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:

@@ -29,8 +29,8 @@ class Tiles(NamedTuple):
 # What is tried, by kernel, bytes of an element and head size (the next power of two, from 64 on). A program's sums and
 # scores must fit in its threads' registers, 255 each, or they spill to memory; and its tiles in shared memory, or it
 # does not start: 99 KiB on capability 8.6, 8.9 and 12.0, 163 on 8.0, and 227 on 9.0, where operands lie there that are
-# in registers elsewhere. tests/ops/attention/compile_for_gpus.py checks. float32 has small tiles: without tf32 it cannot
-# use the matrix units, and products take more registers.
+# in registers elsewhere. tests/ops/attention/compile_for_gpus.py checks. float32 has small tiles: without tf32 it
+# cannot use the matrix units, and products take more registers.
 TILES = {
     ("forward", 2, 64): [Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 3), Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 3)],
     ("forward", 2, 128): [Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)],
