@@ -265,7 +265,9 @@ def plan(
     print(f"{model}, batch {batch} x {length}, {precision}, {optimizer}; peaks {peaks}{allowed}")
     print(memory.table(found, limit, baseline))
     if plot is not None:
-        memory.plot(found, plot, limit, baseline)
+        from minigpt2.pictures import frontier
+
+        frontier(found, plot, limit, baseline)
     if limit is not None:
         memory.fastest_that_fits(found, limit, baseline)  # raises, and says what the least is
 

@@ -24,13 +24,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from minigpt2.config import GPT2Config
 from minigpt2.device import resident_bytes
-from minigpt2.extras import import_extra
 from minigpt2.loss import chunk_shape
 from minigpt2.machine import free_bytes
 from minigpt2.ops.products import BLOCK, onednn_serves
@@ -45,7 +43,6 @@ __all__ = [
     "notches",
     "parse_budget",
     "parse_bytes",
-    "plot",
     "table",
 ]
 
@@ -347,23 +344,3 @@ def table(found: list[Footprint], budget: int | None = None, baseline: int = 0) 
             f"{format_bytes(f.peak + baseline):>10}  {f.extra_work:>10.1%}  {fits}{mark}".rstrip()
         )
     return "\n".join(lines)
-
-
-def plot(found: list[Footprint], path: str | Path, budget: int | None = None, baseline: int = 0) -> None:
-    """Draw extra work over peak memory, a line for each way to recompute, to a file that matplotlib can write;
-    MissingExtra without matplotlib."""
-    drawing = import_extra("plots", "matplotlib.figure", "no picture of the frontier")
-    figure = drawing.Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for recompute in RECOMPUTE:
-        line = sorted((f for f in found if f.recompute == recompute), key=lambda f: f.peak)
-        x, y = [(f.peak + baseline) / 2**30 for f in line], [100 * f.extra_work for f in line]
-        axes.plot(x, y, "o-", markersize=4, label=f'recompute="{recompute}"')
-        for f, at_x, at_y in zip(line, x, y, strict=True):
-            axes.annotate(str(f.checkpoint_every), (at_x, at_y), xytext=(0, 4), textcoords="offset points", fontsize=7)
-    if budget is not None:
-        axes.axvline(budget / 2**30, color="gray", linestyle="--", label=f"budget {format_bytes(budget)}")
-    axes.set(xlabel="peak memory (GiB)", ylabel="extra work (%)", title="The dial; numbers are checkpoint_every")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)

@@ -17,7 +17,7 @@ LAYERS = [
     {"recompute", "loss", "inputs", "tokenizer_files", "run_folder"},
     {"data", "model"},
     {"weights", "generate", "memory"},
-    {"evaluate", "parity", "console"},
+    {"evaluate", "parity", "console", "pictures"},
     {"training"},
     {"bench"},
     {"__main__", "train"},

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from minigpt2 import GPT2, GPT2Config, memory
 from minigpt2.memory import Footprint, fastest_that_fits, footprint, notches, parse_bytes
 from minigpt2.ops import products
+from minigpt2.pictures import frontier
 from minigpt2.training.precision import autocast
 
 BETWEEN = "between forward and backward"
@@ -171,5 +172,5 @@ def test_settings_out_of_range() -> None:
 
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    memory.plot(notches(GPT2Config(), 1, 64), tmp_path / "frontier.png", budget=2**30)
+    frontier(notches(GPT2Config(), 1, 64), tmp_path / "frontier.png", budget=2**30)
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")

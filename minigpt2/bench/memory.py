@@ -17,6 +17,7 @@ from minigpt2.command_line import optional
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.extras import import_extra
 from minigpt2.memory import footprint
+from minigpt2.pictures import COLOURS
 
 __all__ = ["bench_memory"]
 
@@ -161,12 +162,13 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
         for recompute in dict.fromkeys(str(row["recompute"]) for row in ours[1:]):
             line = [row for row in ours if row["recompute"] == recompute or row is ours[0]]
             line.sort(key=lambda row: row["peak_gib"])
-            axes.plot(*zip(*map(point, line), strict=True), "o-", markersize=4, label=f'recompute="{recompute}"')
+            look = {"color": COLOURS[recompute], "markersize": 4, "label": f'recompute="{recompute}"'}
+            axes.plot(*zip(*map(point, line), strict=True), "o-", **look)
             for row in line:
                 text = "" if peers else str(row["checkpoint_every"])
                 axes.annotate(text, point(row), xytext=(3, 3), textcoords="offset points", fontsize=7)
         for row in peers:
-            axes.plot(*point(row), "s", color="tab:red")
+            axes.plot(*point(row), "s", color=COLOURS["transformers"])
             axes.annotate(str(row["setting"]), point(row), xytext=(5, 4), textcoords="offset points", fontsize=7)
         axes.set(xlabel="peak resident memory (GiB)", ylabel="least time of a step, no recomputation = 1")
         axes.set_title("beside transformers" if peers else "numbers are checkpoint_every", fontsize=9)
