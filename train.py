@@ -122,7 +122,7 @@ def set_up(
     if config.tune_allocator and processes.device.type == "cpu":
         said.append(tune_allocator())
     torch.manual_seed(config.seed)
-    model = make_model(config, processes.device, saved.path if saved else None)
+    model, config = make_model(config, processes.device, saved.path if saved else None)
     tokenizer = tokenizer_of_run(config.init, config.data, model.config.vocab_size, out if record else None)
     place = folder.token_folder(config, out, record, tokenizer) if processes.main else Path()
     place = Path(processes.gather(str(place))[0])

@@ -233,7 +233,8 @@ def plan(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     plot: Annotated[Path | None, optional("FILE")] = None,
 ) -> None:
-    """Say how much memory training needs at each setting of --checkpoint-every and --recompute.
+    """Say how much memory training needs at each setting of --checkpoint-every and --recompute, and of --moments inside
+    the backward pass.
     $ minigpt2 plan --model gpt2 --batch 4 --budget 4GiB
 
     Args:
@@ -249,7 +250,7 @@ def plan(
     """
     import torch  # noqa: F401 (a part of what the process holds before the model)
 
-    from minigpt2 import memory
+    from minigpt2 import frontier, memory
     from minigpt2.config import OFFICIAL_SIZES, GPT2Config
     from minigpt2.device import resident_bytes
     from minigpt2.extras import import_extra
@@ -259,17 +260,18 @@ def plan(
     config = GPT2Config.official(model) if model in OFFICIAL_SIZES else GPT2Config.from_file(Path(model, "config.json"))
     limit = None if budget is None else memory.parse_budget(budget, device)
     baseline = resident_bytes() if device == "cpu" else 0
-    found = memory.notches(config, batch, length, optimizer=optimizer, device=device, precision=precision)
+    ways = memory.steppings(optimizer, in_backward=precision != "fp16")
+    found = frontier.notches(config, batch, length, ways, optimizer=optimizer, device=device, precision=precision)
     peaks = f"include {memory.format_bytes(baseline)} of Python and torch" if baseline else "are those of CUDA tensors"
     allowed = f"; the budget is {memory.format_bytes(limit)}" if limit is not None else ""
     print(f"{model}, batch {batch} x {length}, {precision}, {optimizer}; peaks {peaks}{allowed}")
-    print(memory.table(found, limit, baseline))
+    print(frontier.table(found, limit, baseline))
     if plot is not None:
-        from minigpt2.pictures import frontier
+        from minigpt2 import pictures
 
-        frontier(found, plot, limit, baseline)
+        pictures.frontier(found, plot, limit, baseline)
     if limit is not None:
-        memory.fastest_that_fits(found, limit, baseline)  # raises, and says what the least is
+        frontier.fastest_that_fits(found, limit, baseline)  # raises, and says what the least is
 
 
 def bench() -> None:

@@ -1,4 +1,4 @@
-"""What a training step needs, in bytes, before it runs; and the setting of the two dials that fits a budget.
+"""What a training step needs, in bytes, before it runs; frontier.py looks for the setting that fits a budget.
 
 The arithmetic follows one step of `model.loss(...).backward()` and AdamW through time and takes the largest moment.
 R is one residual tensor (batch x length x n_embd elements). A live block keeps 16 R for its backward pass:
@@ -12,6 +12,9 @@ recomputed segment keeps its input, 1 R, and with `"keep-attention"` another R a
 autocast all of these but the inputs of the LayerNorms are half as large; weights, their gradients, the optimizer's
 state and the residual stream stay float32.
 
+The optimizer's own notches are Steppings: inside the backward pass there is one gradient at a time beside that of the
+head, which waits for the embedding's where the two are tied; and moments may take fewer bytes.
+
 On the CPU the peak is resident memory. On an accelerator it is what PyTorch counts of its tensors there, such as
 torch.cuda.max_memory_allocated(), and PyTorch's dropout keeps a mask; the driver's context and the holes between blocks
 come on top. The CPU's figures were measured; an accelerator's are the same arithmetic and were not.
@@ -24,6 +27,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -32,18 +36,18 @@ from minigpt2.device import resident_bytes
 from minigpt2.loss import chunk_shape
 from minigpt2.machine import free_bytes
 from minigpt2.ops.products import BLOCK, onednn_serves
-from minigpt2.recompute import RECOMPUTE, check_checkpoint_every, check_recompute, segments
+from minigpt2.recompute import check_checkpoint_every, check_recompute, segments
 
 __all__ = [
+    "ORDINARY",
     "Amount",
     "Footprint",
-    "fastest_that_fits",
+    "Stepping",
     "footprint",
     "format_bytes",
-    "notches",
     "parse_budget",
     "parse_bytes",
-    "table",
+    "steppings",
 ]
 
 # What a process holds beside its tensors once it trains: code that was not touched before, buffers of the matrix
@@ -71,10 +75,39 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 # Bytes of optimizer state for each byte of a parameter.
 OPTIMIZERS = {"adamw": 2, "muon": 2, "sgd-momentum": 1, "sgd": 0}
 
+# Bytes of an element of AdamW's moments of matrices, those that change no number first.
+MOMENTS = {"fp32": 4, "bf16": 2, "8bit": 1}
+
+
+class Stepping(NamedTuple):
+    """How the optimizer moves the weights."""
+
+    moments: str = "fp32"
+    in_backward: bool = False
+
+    @property
+    def name(self) -> str:
+        """As a heading."""
+        return "in backward" if self == ("fp32", True) else "ordinary" if self == ORDINARY else self.moments
+
+
+ORDINARY = Stepping()
+
+
+def steppings(optimizer: str = "adamw", *, in_backward: bool = True) -> list[Stepping]:
+    """Those that are worth a choice, in the order of less and less memory; with or without the optimizer inside the
+    backward pass. Only AdamW has moments in fewer bytes."""
+    lower = list(MOMENTS)[1:] if optimizer == "adamw" else []
+    return [
+        ORDINARY,
+        *[Stepping()._replace(in_backward=True)] * in_backward,
+        *(Stepping(m, in_backward) for m in lower),
+    ]
+
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one training step at one setting of the dials. The peak is less than the sum of the rest: activations
+    """Bytes of one training step at one notch. The peak is less than the sum of the rest: activations
     are given back while gradients come."""
 
     checkpoint_every: int
@@ -91,11 +124,14 @@ class Footprint:
     """Floating-point operations of a step without recomputation."""
     extra_flops: int
     """Floating-point operations of what is recomputed."""
+    stepping: Stepping = ORDINARY
 
     @property
     def dials(self) -> str:
         """The setting, as Python writes it."""
-        return f"checkpoint_every={self.checkpoint_every}, recompute={self.recompute!r}"
+        text = f"checkpoint_every={self.checkpoint_every}, recompute={self.recompute!r}"
+        text += ", optimizer_in_backward=True" if self.stepping.in_backward else ""
+        return text + (f", moments={self.stepping.moments!r}" if self.stepping.moments != "fp32" else "")
 
     @property
     def extra_work(self) -> float:
@@ -112,6 +148,7 @@ def footprint(
     recompute: str = "block",
     precision: str = "fp32",
     optimizer: str = "adamw",
+    stepping: Stepping = ORDINARY,
     accumulate: int = 1,
     device: str = "cpu",
 ) -> Footprint:
@@ -151,7 +188,11 @@ def footprint(
     state = OPTIMIZERS[optimizer] * weights
     if optimizer == "muon":  # it has one moment of the blocks' matrices, and AdamW those of the rest
         state -= size.block_matrices * L
+    state -= 2 * (size.block_matrices * L + size.embeddings) * (4 - MOMENTS[stepping.moments]) // 4
+    if stepping.moments == "8bit":
+        state += 2 * size.scales
     carried = weights if accumulate > 1 else 0  # gradients of earlier micro-batches
+    arriving = 0 if carried or stepping.in_backward else size.block_weights  # gradients that stay, of a block
     stack = sum(kept) + live
     # ln_f's input and statistics; the gradients of the head and of what entered it; the token ids.
     activations = stack + size.R + size.statistics + size.R + size.head_weights + 16 * batch * length
@@ -174,7 +215,7 @@ def footprint(
             extra = size.recomputed_backward if recomputed else size.live_backward
             for i in reversed(range(n)):
                 yield gradients + below + (i + 1) * size.block + extra
-                gradients += 0 if carried else size.block_weights
+                gradients += arriving
             held = below
         yield gradients + head + size.head_weights + size.other_weights + 2 * size.R  # the embedding's gradient
         yield weights  # the optimizer works in place
@@ -190,12 +231,13 @@ def footprint(
         checkpoint_every=k,
         recompute=recompute,
         weights=weights,
-        gradients=weights,
+        gradients=max(size.head_weights, size.largest) if stepping.in_backward else weights,
         optimizer=state,
         activations=activations,
         peak=int(PACKING * tensors) + RUNTIME_BYTES if device == "cpu" else tensors + WORKSPACE_BYTES,
         flops=3 * L * size.block_flops + L * size.attention_flops * 7 // 2 + 3 * size.head_flops,
         extra_flops=extra,
+        stepping=stepping,
     )
 
 
@@ -238,11 +280,17 @@ class _Sizes:
             copies = 3 * self.R + act + 2 * C * inner * e
             self.live_backward = max(self.live_backward, copies)
             self.recomputed_backward = max(self.recomputed_backward, again + copies + (act if pointwise else 0))
+        self.largest = C * inner * wide
+        rows_of_all = (
+            config.n_layer * (3 * C + inner) + config.n_positions + V * (1 if config.tie_word_embeddings else 2)
+        )
+        self.scales = rows_of_all * wide
         self.block_matrices = (4 * C * C + 2 * C * inner) * wide
         self.block_weights = self.block_matrices + (9 * C + inner) * wide
         self.head_weights = V * C * wide
         self.other_weights = (config.n_positions * C + 2 * C) * wide
         self.own_head = 0 if config.tie_word_embeddings else self.head_weights
+        self.embeddings = self.head_weights + self.own_head + config.n_positions * C * wide
         rows, width = chunk_shape(B * T, V)
         self.chunk = rows * width * wide + 2 * rows * C * wide
         if autocast:  # the head and a chunk in lower precision, a block of the head's gradient, and what is widened
@@ -255,28 +303,6 @@ class _Sizes:
         self.attention_flops = 2 * tokens * T * C  # two products of T x D x T a head, half of it above the diagonal
         self.head_flops = 2 * tokens * V * C
         self.pointwise_flops = tokens * (2 * 8 * C + 12 * inner)  # about 8 an element of LayerNorm, 12 of GELU
-
-
-def notches(config: GPT2Config, batch: int, length: int, **settings: object) -> list[Footprint]:
-    """Every setting of the two dials that differs from the others, least memory first. `settings` as in footprint."""
-    found = [
-        footprint(config, batch, length, checkpoint_every=k, recompute=recompute, **settings)  # type: ignore[arg-type]
-        for recompute in RECOMPUTE
-        for k in range(config.n_layer)
-        if k or recompute != "keep-attention"  # without a recomputed block there is no attention to keep
-    ]
-    return sorted(found, key=lambda f: (f.peak, f.extra_flops))
-
-
-def fastest_that_fits(found: list[Footprint], budget: int, baseline: int = 0) -> Footprint:
-    """The notch with the least recomputation whose peak, on top of `baseline`, is at most `budget` bytes; ValueError if
-    there is none."""
-    fitting = [f for f in found if f.peak + baseline <= budget]
-    if not fitting:
-        least = min(found, key=lambda f: f.peak)
-        needs = f"{format_bytes(least.peak + baseline)}, with {least.dials}"
-        raise ValueError(f"nothing fits {format_bytes(budget)}: the least is {needs}")
-    return min(fitting, key=lambda f: (f.extra_flops, f.peak))
 
 
 class Amount(int):
@@ -324,23 +350,3 @@ def format_bytes(n: int) -> str:
     if isinstance(n, Amount):
         return n.given
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
-
-
-def table(found: list[Footprint], budget: int | None = None, baseline: int = 0) -> str:
-    """Notches as lines of text, `baseline` bytes of interpreter included in their totals and in `budget`."""
-    chosen = None
-    if budget is not None:
-        fitting = [f for f in found if f.peak + baseline <= budget]
-        chosen = fastest_that_fits(found, budget, baseline) if fitting else None
-    lines = [
-        f"{'checkpoint_every':>16}  {'recompute':<14}  {'activations':>11}  {'peak':>10}  {'extra work':>10}  fits"
-    ]
-    for f in found:
-        fits = "" if budget is None else "yes" if f.peak + baseline <= budget else "no"
-        name = "-" if (f.checkpoint_every, f.recompute) == (0, "block") else f.recompute
-        mark = "  <- the fastest that fits" if f is chosen else ""
-        lines.append(
-            f"{f.checkpoint_every:>16}  {name:<14}  {format_bytes(f.activations):>11}  "
-            f"{format_bytes(f.peak + baseline):>10}  {f.extra_work:>10.1%}  {fits}{mark}".rstrip()
-        )
-    return "\n".join(lines)

@@ -92,7 +92,7 @@ def test_plan_takes_auto(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert "the budget is 3.35 GiB" in printed
     (chosen,) = [line for line in printed.splitlines() if "<-" in line]
-    assert chosen.split()[-6:] == ["yes", "<-", "the", "fastest", "that", "fits"]
+    assert chosen.split()[-6:] == ["<-", "ordinary:", "the", "fastest", "that", "fits"]
 
 
 def test_a_finished_run_ends_well_where_its_text_cannot_be_printed(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from minigpt2 import GPT2, GPT2Config, memory
-from minigpt2.memory import Footprint, fastest_that_fits, footprint, notches, parse_bytes
+from minigpt2 import GPT2, GPT2Config, memory, pictures
+from minigpt2.frontier import fastest_that_fits, notches, worth_it
+from minigpt2.memory import Footprint, footprint, parse_bytes
 from minigpt2.ops import products
-from minigpt2.pictures import frontier
+from minigpt2.training.optimizer import make_optimizer
 from minigpt2.training.precision import autocast
 
 BETWEEN = "between forward and backward"
@@ -56,6 +57,25 @@ def test_prediction_is_what_is_allocated(batch: int, length: int, recompute: str
         tensors = (predicted.peak - memory.RUNTIME_BYTES) / memory.PACKING
         peak = tensors - predicted.weights - predicted.optimizer
         assert peak == pytest.approx(most, rel=0.03), k
+
+
+@pytest.mark.parametrize("recompute", ["block", "keep-attention", "pointwise"])
+def test_prediction_with_the_optimizer_in_the_backward_pass(recompute: str) -> None:
+    config = GPT2Config(vocab_size=3000, n_positions=128, n_embd=128, n_layer=4, n_head=2)
+    model, ids = GPT2(config, recompute=recompute), torch.randint(3000, (2, 128))
+    recipe = {"lr": 1e-3, "embedding_lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    make_optimizer(model, "adamw", **recipe, in_backward=True)
+    allocated(model, ids)  # with which its state comes
+    for k in range(4):
+        model.checkpoint_every = k
+        between, most = allocated(model, ids)
+        stepping = memory.Stepping(in_backward=True)
+        inside = footprint(config, 2, 128, checkpoint_every=k, recompute=recompute, stepping=stepping)
+        apart = footprint(config, 2, 128, checkpoint_every=k, recompute=recompute)
+        assert inside.activations == apart.activations == pytest.approx(between, rel=0.01), k
+        tensors = (inside.peak - memory.RUNTIME_BYTES) / memory.PACKING
+        assert tensors - inside.weights - inside.optimizer == pytest.approx(most, rel=0.03), k
+        assert inside.gradients < apart.gradients
 
 
 @pytest.mark.parametrize("recompute", ["block", "keep-attention", "pointwise"])
@@ -170,7 +190,19 @@ def test_settings_out_of_range() -> None:
             footprint(GPT2Config(), batch, length)
 
 
+def test_the_optimizer_in_the_backward_pass_is_chosen_where_it_saves_time() -> None:
+    found = notches(GPT2Config(), 4, 1024, memory.steppings())
+    apart = notches(GPT2Config(), 4, 1024)
+    for f in apart:
+        chosen, before = fastest_that_fits(found, f.peak), fastest_that_fits(apart, f.peak)
+        assert chosen.extra_flops < before.extra_flops or chosen == before
+    least = fastest_that_fits(found, apart[0].peak - 1)
+    assert least.stepping == memory.Stepping(in_backward=True)
+    assert "optimizer_in_backward=True" in least.dials
+    assert [f.extra_flops for f in worth_it(found)] == sorted({f.extra_flops for f in worth_it(found)}, reverse=True)
+
+
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    frontier(notches(GPT2Config(), 1, 64), tmp_path / "frontier.png", budget=2**30)
+    pictures.frontier(notches(GPT2Config(), 1, 64), tmp_path / "frontier.png", budget=2**30)
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")

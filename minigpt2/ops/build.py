@@ -118,7 +118,7 @@ def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[
 def _flags() -> list[str]:
     # -march=native does not exist on every compiler for ARM; -mcpu=native means the same there.
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    return ["-std=c++20", "-O3", native, "-fPIC", "-fvisibility=hidden", "-pthread", "-shared"]
+    return ["-std=c++20", "-O3", native, "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread", "-shared"]
 
 
 def _processor() -> str:

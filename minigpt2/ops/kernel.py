@@ -20,6 +20,7 @@ from minigpt2.torch_private import constant_to_compiler
 __all__ = [
     "DTYPES",
     "FEW",
+    "adamw",
     "attention",
     "attention_backward",
     "decode",
@@ -36,7 +37,7 @@ MAX_HEAD_DIM = 256
 FEW = 8
 """The most rows of `few_rows`."""
 
-_SOURCES = ("attention.cpp", "decode.cpp", "dropout.cpp", "gelu.cpp", "products.cpp", "tasks.cpp")
+_SOURCES = ("adamw.cpp", "attention.cpp", "decode.cpp", "dropout.cpp", "gelu.cpp", "products.cpp", "tasks.cpp")
 
 
 @functools.cache
@@ -152,6 +153,40 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def adamw(
+    p: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    numbers: tuple[float, ...],
+    seed: int,
+    first_row: int,
+) -> None:
+    """The step of ../ops/adamw.py, in place, of p and grad (rows, columns), float32, both contiguous; the moments
+    bfloat16 or, with scales (rows, 1) in float32, uint8."""
+    kind = torch.bfloat16 if scales is None else torch.uint8
+    wanted = [(p, torch.float32), (grad, torch.float32), (first, kind), (second, kind)]
+    if p.dim() != 2 or any(t.shape != p.shape or t.dtype != dtype for t, dtype in wanted):
+        found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t, _ in wanted)
+        raise ValueError(
+            f"weights and gradient must be float32 matrices, and the moments {kind} of their shape: {found}"
+        )
+    scaled = list(scales or ())
+    if any(s.shape != (p.size(0), 1) or s.dtype != torch.float32 for s in scaled):
+        raise ValueError(f"scales must be float32 ({p.size(0)}, 1)")
+    tensors = [p, grad, first, second, *scaled]
+    if not all(t.is_cpu and t.is_contiguous() and in_memory(t) for t in tensors):
+        raise ValueError("weights, gradient, moments and scales must be contiguous, on the CPU")
+    if not p.numel():
+        return
+    places = [t.data_ptr() for t in tensors] + [None] * (2 - len(scaled))
+    constants = (ctypes.c_double * 7)(*numbers)
+    sizes = (1 if scaled else 2, *p.shape)
+    if _functions()["adamw"](*sizes, *places, constants, seed & 0xFFFFFFFF, first_row):
+        raise MemoryError("adamw could not allocate its scratch memory")
+
+
 def packed_sizes(qkv: Tensor, n_head: int) -> tuple[int, int, int, int]:
     """B, T, H, D of a packed projection; ValueError for one that is none."""
     if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
@@ -263,6 +298,8 @@ def _functions() -> dict[str, Any]:
     strided: list[Any] = [pointer, integer, integer]
     cached = [*strided, integer]
     arguments = {
+        # bytes of a moment, rows, columns, ..., the numbers of the step, seed and first row
+        "adamw": [ctypes.c_int, integer, integer, *[pointer] * 7, ctypes.c_uint32, integer],
         "attention": [*shape, *strided, number, pointer, pointer, *dropout],
         "attention_backward": [*shape, *strided, number, *strided, *[pointer] * 3, *dropout],
         "decode": [*shape, number, *strided, *cached, *cached, pointer],

@@ -1,20 +1,121 @@
-"""What moves the weights: AdamW, or Muon for the matrices of the blocks and AdamW for everything else."""
+"""What moves the weights: AdamW, or Muon for the matrices of the blocks and AdamW for everything else; after the
+backward pass, or inside it."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from minigpt2.model import GPT2
+from minigpt2.ops.adamw import DTYPES, Step, adamw_step
 from minigpt2.ops.products import bfloat16_unit
+from minigpt2.training.snapshot import full_tensor
 
-__all__ = ["Optimizers", "make_optimizer", "muon_pays"]
+__all__ = ["AdamW", "InBackward", "Optimizers", "make_optimizer", "muon_pays"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Muon: Any = getattr(torch.optim, "Muon", object)  # since torch 2.9
+
+
+class AdamW:
+    """torch.optim.AdamW(groups, fused=True), the same to the bit and with the same state. That class imports PyTorch's
+    compiler, which takes 145 MiB and a second; this one calls the function that it is made of.
+
+    With `moments` bf16 or 8bit those of matrices take half or a quarter of the memory (ops/adamw.py); those of vectors,
+    which are few, stay as they are. A matrix has rows on one process only, with FSDP2, and each row is rounded by
+    itself, by its number: so the steps do not depend on the processes, nor on when they are taken. torchao has such
+    optimizers too, but compiles them with torch.compile, for each shape, at the first step.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        moments: str = "fp32",
+    ) -> None:
+        defaults: dict[str, Any] = {"betas": betas, "eps": 1e-8, "weight_decay": weight_decay}
+        self.param_groups = [defaults | group for group in groups]
+        self.moments = moments
+        self.state: MutableMapping[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        self.numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the parameters that have a gradient."""
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            for p in moved:
+                if not self.state[p]:
+                    self.state[p] = self._zeros(p)
+            if whole := [p for p in moved if not self._lowered(p)]:
+                self._fused(whole, group)
+            for p in filter(self._lowered, moved):
+                self._step_lowered(p, group)
+
+    def _lowered(self, p: Tensor) -> bool:
+        return self.moments != "fp32" and p.dim() == 2
+
+    def _zeros(self, p: Tensor) -> dict[str, Tensor]:
+        dtype = DTYPES[self.moments] if self._lowered(p) else p.dtype
+        state = {key: torch.zeros_like(p, dtype=dtype) for key in MOMENTS}
+        if dtype == torch.uint8:
+            state |= {f"{key}_scale": torch.zeros_like(p[:, :1]) for key in MOMENTS}
+        return state | {"step": torch.zeros((), device=p.device)}
+
+    def _step_lowered(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        state = self.state[p]
+        state["step"] += 1
+        number = int(state["step"])
+        first, second = (_local(state[key]) for key in MOMENTS)
+        scales = [_local(state[f"{key}_scale"]) for key in MOMENTS if f"{key}_scale" in state]
+        # Each process has as many rows as the first, but for the last ones.
+        first_row = (
+            p.device_mesh.get_local_rank() * -(-p.size(0) // p.device_mesh.size()) if isinstance(p, DTensor) else 0
+        )
+        beta1, beta2 = group["betas"]
+        rates = Step(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], number)
+        seed = (number * 0x9E3779B9 + self.numbers[p]) & 0xFFFFFFFF
+        both = (scales[0], scales[1]) if scales else None
+        adamw_step(_local(p), _local(p.grad), (first, second), both, rates, seed, first_row)
+
+    def _fused(self, moved: list[Tensor], group: dict[str, Any]) -> None:
+        adamw(
+            [_local(p) for p in moved],
+            [_local(p.grad) for p in moved if p.grad is not None],
+            [_local(self.state[p][MOMENTS[0]]) for p in moved],
+            [_local(self.state[p][MOMENTS[1]]) for p in moved],
+            [],
+            [self.state[p]["step"] for p in moved],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+        )
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class BlockMuon(Muon):  # type: ignore[misc]
@@ -37,14 +138,26 @@ class BlockMuon(Muon):  # type: ignore[misc]
 
 
 class Optimizers:
-    """Optimizers of distinct parameters, used as one: their groups, and their state by parameter."""
+    """Optimizers of distinct parameters, used as one: their groups, and their state by parameter. `clip` is the most
+    that the norm of all gradients may be; 0 is off."""
 
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        self.optimizers = optimizers
+    def __init__(self, model: nn.Module, optimizers: list[Any], clip: float = 0.0) -> None:
+        self.parameters, self.optimizers, self.clip = list(model.parameters()), optimizers, clip
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.state = optimizers[0].state
         for optimizer in optimizers[1:]:
             optimizer.state = self.state
+
+    moved = 0
+    """How many parameters have moved before the step was ended by a gradient that is not finite."""
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients; the norm that they had, a scalar."""
+        return full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf))
+
+    def clips(self, norm: float) -> bool:
+        """Whether a step whose gradients have that norm was clipped; to be asked before `zero_grad`."""
+        return 0 < self.clip < norm
 
     def step(self) -> None:
         for optimizer in self.optimizers:
@@ -55,6 +168,51 @@ class Optimizers:
             optimizer.zero_grad()
 
 
+class InBackward(Optimizers):
+    """Optimizers whose steps are taken inside the backward pass: each parameter moves as soon as its gradient is
+    complete, which is then dropped, so that the gradients are never all there. The weights are those of the same steps
+    after the backward pass, to the bit, since nothing that follows in it reads a weight whose gradient is complete.
+
+    What needs all gradients at once takes another form. The norm is put together of those that came. `clip` is for
+    each parameter by itself, which does less than to clip the norm of all. From the first gradient that is not finite
+    on no parameter moves any more until `zero_grad`; those before it have. A gradient must come complete, from one
+    backward pass, so several micro-batches are no step for it, nor does DDP exchange it early enough. (FSDP2 does. The
+    idea is that of LOMO, Lv et al. 2023, arXiv:2306.09782.)
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[Any], clip: float = 0.0) -> None:
+        super().__init__(model, optimizers, clip)
+        self.norms: dict[Tensor, Tensor] = {}
+        self.halted = False
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.register_post_accumulate_grad_hook(functools.partial(self._arrived, optimizer))
+
+    def _arrived(self, optimizer: Any, p: Tensor) -> None:
+        assert p.grad is not None
+        norm = self.norms[p] = full_tensor(nn.utils.get_total_norm([p.grad]))
+        self.halted = self.halted or not math.isfinite(norm)  # on an accelerator this waits for it
+        if not self.halted:
+            if self.clip:
+                nn.utils.clip_grads_with_norm_([p], self.clip, norm)
+            optimizer.step()  # of the one parameter that has a gradient
+            self.moved += 1
+        p.grad = None
+
+    def clip_gradients(self) -> Tensor:
+        """The norm that the gradients had, a scalar; they were clipped and dropped as they came."""
+        return torch.linalg.vector_norm(torch.stack([self.norms[p] for p in self.parameters if p in self.norms]))
+
+    def clips(self, norm: float) -> bool:
+        return any(super(InBackward, self).clips(float(of_one)) for of_one in self.norms.values())
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self.norms.clear()
+        self.halted, self.moved = False, 0
+
+
 def muon_pays(device: torch.device) -> bool:
     """Whether this PyTorch has Muon, and the device multiplies bfloat16, in which Muon computes, as fast as float32 at
     least: elsewhere it can take several times as long as the rest of the step."""
@@ -62,12 +220,22 @@ def muon_pays(device: torch.device) -> bool:
 
 
 def make_optimizer(
-    model: GPT2, kind: str, *, lr: float, embedding_lr: float, weight_decay: float, betas: tuple[float, float]
+    model: GPT2,
+    kind: str,
+    *,
+    lr: float,
+    embedding_lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    clip: float = 0.0,
+    in_backward: bool = False,
+    moments: str = "fp32",
 ) -> Optimizers:
     """The optimizer called `kind`, adamw or muon, with the rate `lr` for the matrices of the blocks and `embedding_lr`
     for the rest: embeddings, biases, LayerNorms. Matrices decay, embeddings among them; vectors do not. Each group has
-    its peak rate as `initial_lr`. Raises ValueError where PyTorch has no Muon or the weights are sharded: a part of a
-    matrix cannot be orthogonalised."""
+    its peak rate as `initial_lr`. With `in_backward` it is an InBackward. Raises ValueError for Muon with `moments`
+    other than fp32, where PyTorch has no Muon, and where the weights are sharded: a part of a matrix cannot be
+    orthogonalised."""
     blocks = [(name, p) for name, p in model.h.named_parameters() if p.dim() >= 2]
     packed = [p for name, p in blocks if name.endswith("c_attn.weight")]
     single = [p for name, p in blocks if not name.endswith("c_attn.weight")]
@@ -79,8 +247,10 @@ def make_optimizer(
     ]
     if kind == "adamw":
         others.append({"params": packed + single, "lr": lr})
-    optimizers: list[Any] = [torch.optim.AdamW(others, betas=betas, weight_decay=weight_decay, fused=True)]
+    optimizers: list[Any] = [AdamW(others, betas=betas, weight_decay=weight_decay, moments=moments)]
     if kind == "muon":
+        if moments != "fp32":
+            raise ValueError(f"--moments {moments} is for --optimizer adamw, not muon")
         if Muon is object:
             raise ValueError(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; adamw does not")
         if any(isinstance(p, DTensor) for p in outside):
@@ -89,7 +259,7 @@ def make_optimizer(
             )
         groups = [{"params": packed, "matrices": 3}, {"params": single, "matrices": 1}]
         optimizers.append(BlockMuon(groups, lr=lr, weight_decay=weight_decay))
-    made = Optimizers(*optimizers)
+    made = (InBackward if in_backward else Optimizers)(model, optimizers, clip)
     for group in made.param_groups:
         group["initial_lr"] = group["lr"]
     return made

@@ -36,6 +36,7 @@ FINE_TUNING |= {"weight_decay": 0.0}
 _SHAPE = "the model has its shape"
 _ORDER = "the order in which the run reads its tokens follows from it"
 FIXED = dict.fromkeys(SHAPE, _SHAPE) | {"length": _ORDER, "seed": _ORDER, "optimizer": "its moments belong to it"}
+FIXED["moments"] = "its snapshots have them so"
 # What is about one start of the program, not about the run; --data and --init are compared by what they hold.
 APART = {"out", "resume", "new_data", "data", "init"}
 # What decides the tokens of a text, and changes with it alone.
@@ -97,6 +98,9 @@ class TrainConfig(TextOptions):
     """Steps of linear warm-up to the peak learning rates. Default: a tenth of all steps; with --init 10."""
     weight_decay: Annotated[float | None, optional("FLOAT")] = None
     """Decay of matrices and embeddings. Default: 0.1; with --init 0."""
+    moments: Annotated[Literal["fp32", "bf16", "8bit"] | None, optional("{fp32,bf16,8bit}")] = None
+    """What AdamW's two moments of a matrix are kept in, at 4, 2 or 1 bytes each. Default: fp32, or what --memory-budget
+    allows."""
     clip: float = 1.0
     """Clip the norm of the gradient to this; 0 is off."""
     checkpoint_every: int = 0
@@ -104,8 +108,12 @@ class TrainConfig(TextOptions):
     recompute: str = "block"
     """What a recomputed block keeps: block, keep-attention or pointwise."""
     memory_budget: Annotated[str | None, optional("AMOUNT")] = None
-    """Choose the two settings above: the fastest within, say, 4GiB of memory (on CUDA, of tensors); auto: all that is
-    free to this process, its control group's limit included. Default: the two are as they are given."""
+    """Choose the two settings above and, where they are not given, the two below: the fastest within, say, 4GiB of
+    memory (on CUDA, of tensors), with moments in less only where nothing else fits; auto: all that is free to this
+    process, its control group's limit included. Default: all are as they are given."""
+    optimizer_in_backward: bool = False
+    """Move each parameter as soon as the backward pass has its gradient, and drop that: gradients are never all there.
+    --clip is for each parameter by itself then. Not with --accumulate, --compile, fp16 or ddp."""
     tune_allocator: bool = True
     """Keep and pack the memory of CPU tensors (minigpt2/ops/allocator.py), instead of leaving it to the C library."""
     attention: str = "auto"
@@ -155,7 +163,7 @@ class TrainConfig(TextOptions):
         if self.init is not None and shape:
             problems.append(f"--init brings its own shape; leave out {', '.join(shape)}")
         if self.memory_budget is not None and (self.checkpoint_every or self.recompute != "block"):
-            problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it alone")
+            problems.append("--memory-budget chooses --checkpoint-every and --recompute; give it without them")
         if problems := problems or check_trackers(self.to_json()):
             raise ValueError("; ".join(problems))
         check_options(self)
@@ -177,7 +185,7 @@ class TrainConfig(TextOptions):
         shape only, 6 blocks of width 192, 300 steps of 8 x 256 tokens of Shakespeare: a validation loss of 4.52 with
         Muon and 3e-3 for the embeddings, 4.45 with 6e-3 (one seed each).
         """
-        pays = self.parallel != "fsdp" and muon_pays(pick_device(self.device))
+        pays = self.parallel != "fsdp" and self.moments in (None, "fp32") and muon_pays(pick_device(self.device))
         optimizer = self.optimizer or ("muon" if pays else "adamw")
         lr = 0.02 if optimizer == "muon" else 0.192 / (self.n_embd or FROM_SCRATCH["n_embd"])
         embedding_lr = 6e-3 if optimizer == "muon" else 3e-3 if self.lr is None else self.lr
@@ -187,8 +195,22 @@ class TrainConfig(TextOptions):
 
     def recipe(self) -> dict[str, Any]:
         """What make_optimizer takes, of settings that are resolved."""
-        names = ("lr", "embedding_lr", "weight_decay")
-        return {"kind": self.optimizer, "betas": (0.9, 0.95)} | {name: getattr(self, name) for name in names}
+        names = ("lr", "embedding_lr", "weight_decay", "clip")
+        recipe = {name: getattr(self, name) for name in names}
+        recipe |= {"kind": self.optimizer, "betas": (0.9, 0.95), "in_backward": self.optimizer_in_backward}
+        return recipe | {"moments": self.moments or "fp32"}
+
+    @property
+    def needing_all_gradients(self) -> list[str]:
+        """Which of these settings, which are resolved, need all gradients of a step at once, and so can not be combined
+        with --optimizer-in-backward."""
+        needing = {
+            f"--accumulate {self.accumulate}": self.accumulate > 1,
+            "--compile": self.compile,
+            "--precision fp16": self.precision == "fp16",
+            "--parallel ddp": self.parallel == "ddp",
+        }
+        return [name for name, given in needing.items() if given]
 
     def with_length(self, most: int, corpus: Corpus) -> TrainConfig:
         """These settings with a length: where none was given, `most`, or what the data has for a batch and a

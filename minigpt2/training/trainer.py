@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from minigpt2 import memory
 from minigpt2.config import GPT2Config
 from minigpt2.data.batches import Batches, Corpus, in_order
 from minigpt2.device import resident_bytes
+from minigpt2.frontier import fastest_that_fits, notches
 from minigpt2.model import GPT2
 from minigpt2.ops.attention import resolve_backend
 from minigpt2.training import snapshot
@@ -37,10 +39,15 @@ def schedule(step: int, warmup: int, max_steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_model(config: TrainConfig, device: torch.device, saved: Path | None = None) -> GPT2:
+def make_model(config: TrainConfig, device: torch.device, saved: Path | None = None) -> tuple[GPT2, TrainConfig]:
     """The model to train, in training mode on its device: a fresh one, that of --init, or one of the shape that the
-    config.json of a snapshot, `saved`, says."""
+    config.json of a snapshot, `saved`, says. And the settings, with how the optimizer steps if --memory-budget chose
+    it."""
+    if config.optimizer_in_backward and (found := config.needing_all_gradients):
+        raise ValueError(f"--optimizer-in-backward cannot be combined with {', '.join(found)}")
     baseline = resident_bytes() if device.type == "cpu" else 0
+    if config.memory_budget is None or saved is not None:  # a run keeps the moments that it began with
+        config = dataclasses.replace(config, moments=config.moments or "fp32")
     options: dict[str, Any] = {name: getattr(config, name) for name in ("checkpoint_every", "recompute", "attention")}
     dropout: dict[str, Any] = {}
     if config.dropout is not None:
@@ -58,14 +65,28 @@ def make_model(config: TrainConfig, device: torch.device, saved: Path | None = N
     if length > model.config.n_positions:
         raise ValueError(f"--length {length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        step, limit = (config.batch, length), memory.parse_budget(config.memory_budget, device.type)
-        more: dict[str, Any] = {"accumulate": config.accumulate, "device": device.type, "precision": config.precision}
-        more["optimizer"] = config.optimizer
-        notch = memory.fastest_that_fits(memory.notches(model.config, *step, **more), limit, baseline)
+        notch = within_budget(config, model.config, length, device.type, baseline)
         model.checkpoint_every, model.recompute = notch.checkpoint_every, notch.recompute
-        print(f"{notch.dials}:", memory.format_bytes(notch.peak + baseline), "expected of", memory.format_bytes(limit))
+        chosen: dict[str, Any] = {
+            "moments": notch.stepping.moments,
+            "optimizer_in_backward": notch.stepping.in_backward,
+        }
+        config = dataclasses.replace(config, **chosen)
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
-    return model.to(device).train()
+    return model.to(device).train(), config
+
+
+def within_budget(config: TrainConfig, shape: GPT2Config, length: int, device: str, baseline: int) -> memory.Footprint:
+    """The notch that --memory-budget chooses for a model of that shape, in a process that holds `baseline` bytes."""
+    limit = memory.parse_budget(config.memory_budget or "auto", device)
+    ways = memory.steppings(config.optimizer or "adamw", in_backward=not config.needing_all_gradients)
+    ways = [way for way in ways if way.in_backward or not config.optimizer_in_backward]
+    ways = [way for way in ways if config.moments in (None, way.moments)]
+    settings: dict[str, Any] = {name: getattr(config, name) for name in ("accumulate", "precision", "optimizer")}
+    found = notches(shape, config.batch, length, ways, device=device, **settings)
+    notch = fastest_that_fits(found, limit, baseline)
+    print(f"{notch.dials}:", memory.format_bytes(notch.peak + baseline), "expected of", memory.format_bytes(limit))
+    return notch
 
 
 class Trainer(RunState):
@@ -81,7 +102,8 @@ class Trainer(RunState):
         super().__init__(model, optimizer, scaler, batches, processes, config.to_json())
 
     def advance(self) -> dict[str, Any]:
-        """One optimizer step. Returns its row of metrics; raises NonFiniteError, with everything as before the step."""
+        """One optimizer step. Returns its row of metrics; raises NonFiniteError, with everything as before the step but
+        for what --optimizer-in-backward has moved by then."""
         part = schedule(self.step, self.config.warmup or 0, self.config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * part
@@ -90,10 +112,10 @@ class Trainer(RunState):
         step = (self.network, micro_batches, self.processes, self.config.precision, self.scaler)
         mean, count = accumulate_gradients(*step)
         self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it reads the groups of parameters only
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        grad_norm = self.optimizer.clip_gradients()
         self.batches.prepare(self.config.accumulate)
-        loss, norm = torch.stack([mean, snapshot.full_tensor(grad_norm).to(mean)]).tolist()  # waits for the device
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        loss, norm = torch.stack([mean, grad_norm.to(mean)]).tolist()  # waits for the device
+        finite, clipped = math.isfinite(loss) and math.isfinite(norm), self.optimizer.clips(norm)
         if finite:
             self.optimizer.step()
         elif math.isfinite(loss) and self.scaler.get_scale() > 1:
@@ -102,6 +124,8 @@ class Trainer(RunState):
             snapshot.set_random_state(random_state, self.device)
             message = f"step {self.step + 1}: the loss is {loss}, the norm of the gradient {norm}; "
             message += culprit(self.model, *step)
+            if self.optimizer.moved:
+                message += f"; {self.optimizer.moved} parameters had moved by then, and the others have not"
             self.optimizer.zero_grad()
             if self.config.on_nonfinite == "stop":
                 snapshot.set_random_state(random_state, self.device)
@@ -121,7 +145,7 @@ class Trainer(RunState):
         }
         if not finite:
             return row | {"skipped": True}
-        return row | {"clipped": True} if 0 < self.config.clip < norm else row
+        return row | {"clipped": True} if clipped else row
 
     def validate(self, network: nn.Module | None = None) -> float:
         """Mean loss of the run's network, or of one that every process has whole, over the same validation windows each

@@ -14,7 +14,7 @@ import torch
 from tiny_runs import arguments, curve, environment, rows, run_here
 
 import train
-from minigpt2 import GPT2, memory
+from minigpt2 import GPT2, frontier
 from minigpt2.__main__ import main
 from minigpt2.device import resident_bytes
 from minigpt2.training.trainer import schedule
@@ -110,11 +110,17 @@ def test_accumulation_gives_the_step_of_one_large_batch(fresh, tmp_path: Path) -
 def test_a_memory_budget_chooses_the_fastest_notch_that_fits(fresh, tmp_path: Path) -> None:
     assert "checkpoint_every=0, recompute='block'" in fresh(tmp_path, max_steps=1, memory_budget="100GiB")
     config = train.TrainConfig(n_layer=4, n_head=2, n_embd=64, batch=64, length=64).resolved()
-    free = train.make_model(config, torch.device("cpu"))
-    found = memory.notches(free.config, 64, 64)
+    free, _ = train.make_model(config, torch.device("cpu"))
+    found = frontier.notches(free.config, 64, 64)
     budget = resident_bytes() + (found[0].peak + found[-1].peak) // 2
-    tight = train.make_model(dataclasses.replace(config, memory_budget=str(budget)), torch.device("cpu"))
+
+    def choice(**settings: object) -> tuple[GPT2, train.TrainConfig]:
+        return train.make_model(dataclasses.replace(config, memory_budget=str(budget), **settings), torch.device("cpu"))
+
+    tight, chosen = choice(optimizer="muon", accumulate=2)
     assert (tight.checkpoint_every, tight.recompute) != (0, "block")
+    assert not chosen.optimizer_in_backward
+    assert choice(optimizer_in_backward=True)[1].optimizer_in_backward
 
 
 def test_nothing_needs_a_module_that_only_unix_has(text: Path, tmp_path: Path) -> None:
