@@ -32,6 +32,10 @@ class Job:
     checkpoint_every: int = 0
     """For transformers: 0 is off, anything else its gradient checkpointing."""
     recompute: str = "block"
+    moments: str = "fp32"
+    """Those of minigpt2's AdamW: fp32, bf16 or 8bit."""
+    in_backward: bool = False
+    """Step minigpt2's AdamW inside the backward pass."""
     attention: str = "auto"
     """Backend; transformers always runs its sdpa attention."""
     precision: str = "fp32"
@@ -44,6 +48,8 @@ class Job:
     """CPU threads; None leaves torch's own choice."""
     compile: bool = False
     """Compile minigpt2's loss, as train.py --compile does."""
+    limit: int | None = None
+    """The most bytes that the process may allocate; None for as many as there are."""
     profile: bool = False
     """Run the last step under PyTorch's profiler."""
 
@@ -93,6 +99,10 @@ def _run(job: Job) -> Result:
     from minigpt2.training.precision import DTYPES, autocast
 
     cpu = torch.device("cpu")
+    if job.limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (job.limit, job.limit))
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     if job.tuned:
@@ -126,7 +136,14 @@ def _run(job: Job) -> Result:
             from minigpt2.training.parallel import compiled
 
             loss_of = compiled(model.loss)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer: Any
+    if job.library == "transformers":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    else:
+        from minigpt2.training.optimizer import make_optimizer
+
+        recipe: dict[str, Any] = {"lr": 1e-4, "embedding_lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.999)}
+        optimizer = make_optimizer(model, "adamw", **recipe, in_backward=job.in_backward, moments=job.moments)
     ids = torch.randint(vocab, (job.batch, job.length + 1))
     times: list[list[float]] = []
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

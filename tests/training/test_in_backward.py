@@ -206,12 +206,14 @@ def test_two_processes_with_fsdp(inputs: list[str], tmp_path: Path, moments: str
     ordinary = tmp_path / "single"
     settings = RUN | {"clip": 0, "parallel": "fsdp", "moments": moments}
     launch(*inputs, *arguments(settings), "--out", str(tmp_path / "run"), processes=2)
+    # A gradient that is off by a rounding makes one moment in many another code.
+    loss, weight = (1e-5, 1e-4) if moments == "fp32" else (1e-3, 1e-2)
     for a, b in zip(curve(tmp_path / "run"), curve(ordinary), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], abs=loss)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=100 * loss)
     weights, reference = (load_file(out / "model.safetensors") for out in (tmp_path / "run", ordinary))
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, reference[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-3, atol=weight)
 
 
 @pytest.mark.parametrize(
