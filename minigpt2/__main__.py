@@ -275,7 +275,7 @@ def plan(
 
 
 def bench() -> None:
-    """Measure this machine: bench attention, generate, loss, memory or step.
+    """Measure this machine: bench attention, generate, loss, memory, step or timeline.
     $ minigpt2 bench step --model small
     """
     from minigpt2.bench.attention import bench_attention
@@ -283,6 +283,7 @@ def bench() -> None:
     from minigpt2.bench.loss import bench_loss
     from minigpt2.bench.memory import bench_memory
     from minigpt2.bench.step import bench_step
+    from minigpt2.bench.timeline import bench_timeline
 
     benchmarks: dict[str, Callable[..., object]] = {
         "attention": bench_attention,
@@ -290,6 +291,7 @@ def bench() -> None:
         "loss": bench_loss,
         "memory": bench_memory,
         "step": bench_step,
+        "timeline": bench_timeline,
     }
     _run(benchmarks, "minigpt2 bench", sys.argv[2:], inspect.getdoc(bench))
 
