@@ -337,6 +337,12 @@ def info() -> None:
     print(f"train --precision auto: {precision}, since {reason}")
 
 
+VERBS: dict[str, Callable[..., Any]] = {
+    **{"train": train, "generate": generate, "eval": evaluate, "parity": parity, "prepare": prepare},
+    **{"plan": plan, "bench": bench, "download": download, "info": info},
+}
+
+
 def _run(verbs: dict[str, Callable[..., Any]], prog: str, arguments: list[str], description: str | None = None) -> Any:
     """The result of the verb that the arguments name. Raises ValueError for arguments that cannot be read."""
     calls = {name: deferred(verb) for name, verb in verbs.items()}
@@ -347,8 +353,6 @@ def _run(verbs: dict[str, Callable[..., Any]], prog: str, arguments: list[str], 
 
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake, and 1 where two models differ."""
-    verbs: dict[str, Callable[..., object]] = {"train": train, "generate": generate, "eval": evaluate}
-    verbs |= {"parity": parity, "prepare": prepare, "plan": plan, "bench": bench, "download": download, "info": info}
     replace_unprintable()
     if sys.argv[1:2] == ["train"]:  # it has an exit status of its own
         return train()
@@ -357,7 +361,7 @@ def main() -> int:
             if sys.argv[1:2] == ["bench"]:  # it has verbs of its own
                 bench()
             else:
-                return _run(verbs, "minigpt2", sys.argv[1:], DESCRIPTION) or 0
+                return _run(VERBS, "minigpt2", sys.argv[1:], DESCRIPTION) or 0
     except BrokenPipeError:
         return reader_left()
     except (ValueError, OSError) as error:

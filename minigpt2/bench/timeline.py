@@ -22,6 +22,7 @@ from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.extras import import_extra
 from minigpt2.memory import format_bytes
 from minigpt2.model import GPT2
+from minigpt2.ops.allocator import tune_allocator
 from minigpt2.pictures import COLOURS
 
 __all__ = ["Timeline", "bench_timeline"]
@@ -92,6 +93,7 @@ def bench_timeline(
     drop = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), dropout)
     shape = GPT2Config().replace(**(config or OFFICIAL_SIZES[model]), **drop)  # type: ignore[arg-type]
     print(header("timeline"))
+    tune_allocator()  # as in training: fresh pages would be a part of the time
     print(f"{model}, batch {batch} x {length}, dropout {dropout}, recompute={recompute!r}, AdamW; bytes of tensors")
     print(f"{'checkpoint_every':>16} {'forward':>8} {'backward':>9} {'recomputed':>10} {'kept':>10} {'peak':>10}")
     found = []
@@ -216,7 +218,7 @@ def _draw_blocks(timeline: Timeline, n_layer: int, axes: Any) -> None:
             label = name if i == 0 else None
             axes.broken_barh(widths, (i - 0.4, 0.8), color=COLOURS[colour], label=label)
         busy = end
-    axes.set(ylim=(-0.6, n_layer - 0.4))
+    axes.set(ylim=(-0.6, n_layer - 0.4), yticks=range(0, n_layer, 3))
     axes.grid(alpha=0.3)
 
 
