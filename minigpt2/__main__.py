@@ -275,11 +275,12 @@ def plan(
 
 
 def bench() -> None:
-    """Measure this machine: bench attention, generate, loss, memory, step or timeline.
+    """Measure this machine: bench attention, generate, learning, loss, memory, step or timeline.
     $ minigpt2 bench step --model small
     """
     from minigpt2.bench.attention import bench_attention
     from minigpt2.bench.generate import bench_generate
+    from minigpt2.bench.learning import bench_learning
     from minigpt2.bench.loss import bench_loss
     from minigpt2.bench.memory import bench_memory
     from minigpt2.bench.step import bench_step
@@ -288,6 +289,7 @@ def bench() -> None:
     benchmarks: dict[str, Callable[..., object]] = {
         "attention": bench_attention,
         "generate": bench_generate,
+        "learning": bench_learning,
         "loss": bench_loss,
         "memory": bench_memory,
         "step": bench_step,
