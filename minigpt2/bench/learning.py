@@ -140,8 +140,7 @@ def bench_learning(
                 curves.setdefault(curve.setting, []).append(curve)
     found = [curve for of_setting in curves.values() for curve in of_setting]
     if json:
-        said = {"header": header("learning"), "runs": [asdict(c) | {"setting": c.setting._asdict()} for c in found]}
-        print(json_format.dumps(said))
+        print(json_format.dumps({"header": header("learning"), "runs": [_as_json(curve) for curve in found]}))
     else:
         _say(configs[0], curves)
     if out is not None:
@@ -216,6 +215,12 @@ def _train(config: TrainConfig, library: str, place: Path) -> Curve:
     return curve
 
 
+def _as_json(curve: Curve) -> dict[str, Any]:
+    """A run as JSON values, which know no infinity."""
+    finite = {step: loss if math.isfinite(loss) else None for step, loss in curve.validation.items()}
+    return asdict(curve) | {"setting": curve.setting._asdict(), "validation": finite}
+
+
 def _say(config: TrainConfig, curves: Curves) -> None:
     """Print the table: a row for each setting, with the means over its seeds."""
     source = config.data or "the Python standard library's own sources"
@@ -252,7 +257,9 @@ def _draw(curves: Curves, over: str, path: Path) -> None:
             ends = [0.0, *curve.seconds] if over == "seconds" else range(len(curve.loss) + 1)
             axes.plot(ends[1:], curve.loss, color=f"C{i}", linewidth=0.5, alpha=0.6)
             points = [(ends[step], loss) for step, loss in curve.validation.items() if math.isfinite(loss)]
-            axes.plot(*zip(*points, strict=True), ".-", color=f"C{i}", label=None if curve is not found[0] else setting)
+            axes.plot(
+                *zip(*points, strict=True), ".-", color=f"C{i}", label=str(setting) if curve is found[0] else None
+            )
     axes.set(xlabel=over, ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(title="points: validation")
