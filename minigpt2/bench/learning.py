@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,10 @@ from minigpt2.model import GPT2
 from minigpt2.ops.allocator import tune_allocator
 from minigpt2.progress import Progress
 from minigpt2.training.guards import NonFiniteError, Norms
-from minigpt2.training.parallel import Processes
 from minigpt2.training.precision import resolve_precision
-from minigpt2.training.settings import TrainConfig
-from minigpt2.training.trainer import Trainer, make_model
-from minigpt2.training.vocabulary import tokenizer_of_run
+
+if TYPE_CHECKING:
+    from minigpt2.training.settings import TrainConfig
 
 __all__ = ["Curve", "bench_learning"]
 
@@ -116,6 +115,8 @@ def bench_learning(
     Returns:
         The curve of each run.
     """
+    from minigpt2.training.settings import TrainConfig  # which is heavy to import, and --help needs nothing of it
+
     if out is not None:
         import_extra("plots", "matplotlib.figure", "--out")  # before hours of measuring
     if compare is not None:
@@ -152,6 +153,9 @@ def bench_learning(
 def _prepared(config: TrainConfig, place: Path) -> TrainConfig:
     """The settings, complete, of a run that can take its steps; its tokens are made in `place` unless they are there.
     Raises ValueError for settings that do not fit, before anything runs."""
+    from minigpt2.training.trainer import make_model
+    from minigpt2.training.vocabulary import tokenizer_of_run
+
     config.check()
     device = pick_device(config.device)
     config = replace(config.resolved(), precision=resolve_precision(config.precision, device))
@@ -187,6 +191,9 @@ class _Theirs(nn.Module):
 
 def _train(config: TrainConfig, library: str, place: Path) -> Curve:
     """Take all steps of a run in this process."""
+    from minigpt2.training.parallel import Processes
+    from minigpt2.training.trainer import Trainer, make_model
+
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     model: Any = make_model(config, device)[0]
