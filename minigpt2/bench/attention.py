@@ -3,7 +3,7 @@
 Every round times everything once, one after the other in one process, from the same packed tensor, so that what slows
 the machine slows all of them; the figures are medians over rounds, and a ratio is taken within its round. Each call
 allocates its own output and gradient, for both. On CUDA the device is waited for before and after the calls of a
-measurement, and tiles are chosen before it. On the CPU bfloat16 is timed beside the kernel's own float32 too: what it
+measurement. Everything runs once before the first round, in which CUDA's tiles are chosen. On the CPU bfloat16 is timed beside the kernel's own float32 too: what it
 gains where the processor multiplies it. A forward pass is 2 matrix products and a backward pass 5 (one of them rebuilds
 the scores), each 2 * T^2 * D operations a head; half of that is counted, because half of the pairs are masked.
 """
@@ -200,9 +200,9 @@ def _bench_shape(
     ours: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
     peer: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
     float32: dict[tuple[float, bool], list[float]] = {case: [] for case in cases}
-    if qkv.is_cuda:
-        for p, backward in cases:
-            run("fused", p, backward)
+    for p, backward in cases:  # CUDA's tiles are chosen, memory is touched, and the processor wakes
+        for warm_up in ("fused", PEER):
+            run(warm_up, p, backward)
     for _ in range(repeats):
         mm_rates.append(2 * side**3 / seconds(lambda: torch.mm(a, b)))
         for p, backward in cases:
