@@ -94,6 +94,7 @@ def evaluate(
     batch: int = 8,
     attention: str = "auto",
     device: str = "auto",
+    json: bool = False,
     text: Text = TextOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity and bits per byte.
@@ -110,14 +111,19 @@ def evaluate(
         batch: Windows at a time.
         attention: What computes attention: auto, eager, sdpa or fused (`minigpt2 info` says which auto is).
         device: cpu, cuda, cuda:N, mps, or auto, the best there is.
+        json: Print one JSON object instead of two lines.
         text: How files are read as documents.
     """
+    from json import dumps
+
     from minigpt2.evaluate import evaluate, tokens_of
 
     network, tokenizer, _ = _load(model, attention, device)
-    with tokens_of(data, text, tokenizer=tokenizer, progress=True) as tokens:
+    with tokens_of(data, text, tokenizer=tokenizer, progress=not json) as tokens:
         settings: dict[str, Any] = {"length": length, "stride": stride, "batch": batch, "tokenizer": tokenizer}
-        result = evaluate(network, tokens, **settings, progress=True)
+        result = evaluate(network, tokens, **settings, progress=not json)
+    if json:
+        return print(dumps(result._asdict()))
     print(f"loss {result.loss:.6f} nats per token, perplexity {result.perplexity:.4f}")
     print(f"bits per byte {result.bits_per_byte:.6f}, {result.tokens} tokens, {result.bytes} bytes")
 
@@ -232,6 +238,7 @@ def plan(
     device: Literal["cpu", "cuda"] = "cpu",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     plot: Annotated[Path | None, optional("FILE")] = None,
+    json: bool = False,
 ) -> None:
     """Say how much memory training needs at each setting of --checkpoint-every and --recompute, and of --moments inside
     the backward pass.
@@ -247,6 +254,7 @@ def plan(
         device: Where the training would run; the device need not be here.
         precision: What matrix products are computed in, as in training; fp16 with --device cuda only.
         plot: Also draw extra work over memory into this file, such as plan.png. Default: no picture.
+        json: Print a JSON list of all settings, in bytes, least memory first, instead of the table.
     """
     import torch  # noqa: F401 (a part of what the process holds before the model)
 
@@ -264,8 +272,11 @@ def plan(
     found = frontier.notches(config, batch, length, ways, optimizer=optimizer, device=device, precision=precision)
     peaks = f"include {memory.format_bytes(baseline)} of Python and torch" if baseline else "are those of CUDA tensors"
     allowed = f"; the budget is {memory.format_bytes(limit)}" if limit is not None else ""
-    print(f"{model}, batch {batch} x {length}, {precision}, {optimizer}; peaks {peaks}{allowed}")
-    print(frontier.table(found, limit, baseline))
+    if json:
+        print(frontier.as_json(found, limit, baseline))
+    else:
+        print(f"{model}, batch {batch} x {length}, {precision}, {optimizer}; peaks {peaks}{allowed}")
+        print(frontier.table(found, limit, baseline))
     if plot is not None:
         from minigpt2 import pictures
 
@@ -315,11 +326,15 @@ def train() -> int:
     return int(module.main())
 
 
-def info() -> None:
+def info(json: bool = False) -> None:
     """Print versions, the device, and which attention backend is used here and why.
     $ minigpt2 info
+
+    Args:
+        json: Print one JSON object instead of lines.
     """
     from importlib.metadata import version
+    from json import dumps
 
     import torch
 
@@ -328,15 +343,22 @@ def info() -> None:
     from minigpt2.ops.products import explain_products
     from minigpt2.training.precision import fastest_precision
 
-    print(f"minigpt2 {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(", ".join(f"{name} {version(name)}" for name in ("safetensors", "tiktoken", "numpy", "huggingface_hub")))
+    versions = {"minigpt2": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    others = {name: version(name) for name in ("safetensors", "tiktoken", "numpy", "huggingface_hub")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()
-    print(f"device: {device}; {torch.get_num_threads()} CPU threads, {capability}")
-    print(f"attention: {explain_backend()}")
-    print(f"products of training, float32 on the CPU: {explain_products()}")
     precision, reason = fastest_precision(pick_device("auto"))
-    print(f"train --precision auto: {precision}, since {reason}")
+    lines = {
+        "device": f"{device}; {torch.get_num_threads()} CPU threads, {capability}",
+        "attention": explain_backend(),
+        "products of training, float32 on the CPU": explain_products(),
+        "train --precision auto": f"{precision}, since {reason}",
+    }
+    if json:
+        return print(dumps(versions | others | lines, indent=2))
+    for found in (versions, others):
+        print(", ".join(" ".join(pair) for pair in found.items()))
+    print("\n".join(": ".join(pair) for pair in lines.items()))
 
 
 VERBS: dict[str, Callable[..., Any]] = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterable
 
 from minigpt2.config import GPT2Config
 from minigpt2.memory import MOMENTS, ORDINARY, Footprint, Stepping, footprint, format_bytes
 from minigpt2.recompute import RECOMPUTE
 
-__all__ = ["fastest_that_fits", "notches", "table", "worth_it"]
+__all__ = ["as_json", "fastest_that_fits", "notches", "table", "worth_it"]
 
 
 def notches(
@@ -72,3 +74,13 @@ def table(found: list[Footprint], budget: int | None = None, baseline: int = 0) 
         mark = f"  <- {chosen.stepping.name}: the fastest that fits" if chosen is not None and here else ""
         lines.append((line + mark).rstrip())
     return "\n".join(lines)
+
+
+def as_json(found: list[Footprint], budget: int | None = None, baseline: int = 0) -> str:
+    """Notches as a list of JSON objects: what a Footprint has, with `baseline` bytes of interpreter added to its peak,
+    and of a budget whether it `fits`."""
+    rows = []
+    for f in found:
+        row = dataclasses.asdict(f) | {"stepping": f.stepping._asdict(), "peak": f.peak + baseline}
+        rows.append(row | ({} if budget is None else {"fits": f.peak + baseline <= budget}))
+    return json.dumps(rows, indent=2)

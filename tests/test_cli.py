@@ -1,5 +1,6 @@
 """The command line, as a user meets it: what it prints, and one clear line with exit status 2 for a mistake."""
 
+import json
 import os
 import platform
 import shlex
@@ -341,3 +342,17 @@ def test_the_console_script_is_main():
         capture_output=True,
     )
     assert result.returncode == 2
+
+
+def test_what_programs_read_is_json(monkeypatch, capsys, hf_tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("in the " * 50)
+    status, out, _ = in_process(monkeypatch, capsys, "eval", "--model", hf_tiny, "--data", tmp_path, "--json")
+    assert status == 0
+    assert json.loads(out).keys() == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
+    status, out, _ = in_process(monkeypatch, capsys, "info", "--json")
+    assert json.loads(out)["torch"] == torch.__version__
+    few = ("plan", "--batch", 4, "--json", "--budget", "2.5GiB")
+    rows = json.loads(in_process(monkeypatch, capsys, *few)[1])
+    assert {True, False} == {row["fits"] for row in rows}
+    assert [row["peak"] for row in rows] == sorted(row["peak"] for row in rows)
+    assert rows[0]["stepping"]["moments"] == "8bit"

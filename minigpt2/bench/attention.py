@@ -3,9 +3,10 @@
 Every round times everything once, one after the other in one process, from the same packed tensor, so that what slows
 the machine slows all of them; the figures are medians over rounds, and a ratio is taken within its round. Each call
 allocates its own output and gradient, for both. On CUDA the device is waited for before and after the calls of a
-measurement. Everything runs once before the first round, in which CUDA's tiles are chosen. On the CPU bfloat16 is timed beside the kernel's own float32 too: what it
-gains where the processor multiplies it. A forward pass is 2 matrix products and a backward pass 5 (one of them rebuilds
-the scores), each 2 * T^2 * D operations a head; half of that is counted, because half of the pairs are masked.
+measurement. Everything runs once before the first round, in which CUDA's tiles are chosen. On the CPU bfloat16 is timed
+beside the kernel's own float32 too: what it gains where the processor multiplies it. A forward pass is 2 matrix
+products and a backward pass 5 (one of them rebuilds the scores), each 2 * T^2 * D operations a head; half of that is
+counted, because half of the pairs are masked.
 """
 
 from __future__ import annotations
