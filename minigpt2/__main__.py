@@ -297,15 +297,8 @@ def bench() -> None:
     from minigpt2.bench.step import bench_step
     from minigpt2.bench.timeline import bench_timeline
 
-    benchmarks: dict[str, Callable[..., object]] = {
-        "attention": bench_attention,
-        "generate": bench_generate,
-        "learning": bench_learning,
-        "loss": bench_loss,
-        "memory": bench_memory,
-        "step": bench_step,
-        "timeline": bench_timeline,
-    }
+    found = (bench_attention, bench_generate, bench_learning, bench_loss, bench_memory, bench_step, bench_timeline)
+    benchmarks: dict[str, Callable[..., Any]] = {f.__name__.removeprefix("bench_"): f for f in found}
     _run(benchmarks, "minigpt2 bench", sys.argv[2:], inspect.getdoc(bench))
 
 
