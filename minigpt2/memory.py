@@ -50,10 +50,11 @@ __all__ = [
     "steppings",
 ]
 
-# What a process holds beside its tensors once it trains: code that was not touched before, buffers of the matrix
-# libraries, and PyTorch's compiler, which its optimizers import, with Triton where that is installed. Measured with
-# next to no tensors: 96 and 168 MiB.
-RUNTIME_BYTES = (168 if importlib.util.find_spec("triton") else 96) * 2**20
+# What a process holds beside its tensors once it trains: code that was not touched before and buffers of the matrix
+# libraries; and PyTorch's compiler, with Triton where that is installed, which torch.utils.checkpoint imports, and so do
+# PyTorch's own optimizers. Measured with next to no tensors: 168 MiB in all with Triton, 96 without it.
+RUNTIME_BYTES = 24 * 2**20
+COMPILER_BYTES = (144 if importlib.util.find_spec("triton") else 72) * 2**20
 
 RANDOM_STATE_BYTES = 5056
 
@@ -118,6 +119,8 @@ class Footprint:
     activations: int
     """What autograd holds between the forward and the backward pass; the loss has made the head's gradient by then, and
     it counts here."""
+    tensors: int
+    """The most bytes of tensors at any moment of a step."""
     peak: int
     """The most that is held at any moment of a step, above the interpreter with torch imported."""
     flops: int
@@ -218,9 +221,11 @@ def footprint(
                 gradients += arriving
             held = below
         yield gradients + head + size.head_weights + size.other_weights + 2 * size.R  # the embedding's gradient
-        yield weights  # the optimizer works in place
+        if not stepping.in_backward:
+            yield weights  # the gradients; the optimizer works in place
 
     tensors = weights + state + max(moments())
+    compiler = COMPILER_BYTES if recompute == "pointwise" or cut[0].recomputed or optimizer != "adamw" else 0
     again = sum(s.stop - s.start for s in cut if s.recomputed)
     extra = again * (size.block_flops + (0 if kept_attention else size.attention_flops))
     if kept_attention:
@@ -234,7 +239,8 @@ def footprint(
         gradients=max(size.head_weights, size.largest) if stepping.in_backward else weights,
         optimizer=state,
         activations=activations,
-        peak=int(PACKING * tensors) + RUNTIME_BYTES if device == "cpu" else tensors + WORKSPACE_BYTES,
+        tensors=tensors,
+        peak=int(PACKING * tensors) + RUNTIME_BYTES + compiler if device == "cpu" else tensors + WORKSPACE_BYTES,
         flops=3 * L * size.block_flops + L * size.attention_flops * 7 // 2 + 3 * size.head_flops,
         extra_flops=extra,
         stepping=stepping,

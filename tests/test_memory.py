@@ -54,7 +54,7 @@ def test_prediction_is_what_is_allocated(batch: int, length: int, recompute: str
         between, most = allocated(model, ids)
         predicted = footprint(config, batch, length, checkpoint_every=k, recompute=recompute)
         assert predicted.activations == pytest.approx(between, rel=0.01), k
-        tensors = (predicted.peak - memory.RUNTIME_BYTES) / memory.PACKING
+        tensors = predicted.tensors
         peak = tensors - predicted.weights - predicted.optimizer
         assert peak == pytest.approx(most, rel=0.03), k
 
@@ -73,7 +73,7 @@ def test_prediction_with_the_optimizer_in_the_backward_pass(recompute: str) -> N
         inside = footprint(config, 2, 128, checkpoint_every=k, recompute=recompute, stepping=stepping)
         apart = footprint(config, 2, 128, checkpoint_every=k, recompute=recompute)
         assert inside.activations == apart.activations == pytest.approx(between, rel=0.01), k
-        tensors = (inside.peak - memory.RUNTIME_BYTES) / memory.PACKING
+        tensors = inside.tensors
         assert tensors - inside.weights - inside.optimizer == pytest.approx(most, rel=0.03), k
         assert inside.gradients < apart.gradients
 
@@ -89,7 +89,7 @@ def test_prediction_under_autocast(recompute: str) -> None:
         between, most = allocated(model, ids, "bf16")
         predicted = footprint(config, 4, 128, checkpoint_every=k, recompute=recompute, precision="bf16")
         assert predicted.activations == pytest.approx(between, rel=0.01), k
-        tensors = (predicted.peak - memory.RUNTIME_BYTES) / memory.PACKING
+        tensors = predicted.tensors
         assert tensors - predicted.weights - predicted.optimizer == pytest.approx(most, rel=0.03), k
 
 
@@ -105,7 +105,7 @@ def test_an_accelerators_dropout_keeps_masks_and_its_peak_is_of_tensors(monkeypa
     still = GPT2Config().replace(resid_pdrop=0.0)
     here, there = (footprint(still, 4, 1024, device=device) for device in ("cpu", "cuda"))
     assert there.activations == here.activations
-    tensors = (here.peak - memory.RUNTIME_BYTES) / memory.PACKING
+    tensors = here.tensors
     assert there.peak - memory.WORKSPACE_BYTES == pytest.approx(tensors)
 
 
