@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -16,16 +16,22 @@ from minigpt2.bench.worker import Job, Result, measure
 from minigpt2.command_line import optional
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.extras import import_extra
-from minigpt2.memory import footprint
+from minigpt2.machine import free_bytes
+from minigpt2.memory import footprint, format_bytes, steppings
 from minigpt2.pictures import COLOURS
 
 __all__ = ["bench_memory"]
+
+
+Optimizer = Literal["ordinary", "in-backward", "bf16", "8bit"]
+STEPPINGS = {stepping.name.replace(" ", "-"): stepping for stepping in steppings()}
 
 
 class Setting(NamedTuple):
     library: str
     checkpoint_every: int
     recompute: str
+    optimizer: str = "ordinary"
 
     @property
     def name(self) -> str:
@@ -33,23 +39,23 @@ class Setting(NamedTuple):
             return "transformers" + (", gradient checkpointing" if self.checkpoint_every else "")
         if self == Setting("minigpt2", 0, "block"):
             return "no recomputation"
-        return ", ".join(
-            part
-            for part in (
-                f"checkpoint_every={self.checkpoint_every}" if self.checkpoint_every else "",
-                f'"{self.recompute}"' if self.recompute != "block" else "",
-            )
-            if part
+        parts = (
+            f"checkpoint_every={self.checkpoint_every}" if self.checkpoint_every else "",
+            f'"{self.recompute}"' if self.recompute != "block" else "",
+            self.optimizer if self.optimizer != "ordinary" else "",
         )
+        return ", ".join(filter(None, parts))
 
 
-def settings(n_layer: int, every: Iterable[int] | None, recompute: Iterable[str], compare: bool) -> list[Setting]:
+def settings(
+    n_layer: int, every: Iterable[int] | None, recompute: Iterable[str], optimizer: Iterable[str], compare: bool
+) -> list[Setting]:
     """What is measured: no recomputation first, then the notches, then transformers where it is installed."""
-    ks = range(1, n_layer) if every is None else every
+    ks = [0, *range(1, n_layer)] if every is None else [0, *every]
     found = [Setting("minigpt2", 0, "block")]
-    for mode in recompute:
-        found += [Setting("minigpt2", 0, mode)] * (mode == "pointwise")
-        found += [Setting("minigpt2", k, mode) for k in ks]
+    for way in optimizer:
+        for mode in recompute:  # without a recomputed block there is no attention to keep
+            found += [Setting("minigpt2", k, mode, way) for k in ks if k or mode != "keep-attention"]
     if compare:
         try:
             import transformers  # noqa: F401
@@ -57,7 +63,7 @@ def settings(n_layer: int, every: Iterable[int] | None, recompute: Iterable[str]
             print("transformers is not installed, so there is no comparison: pip install transformers")
         else:
             found += [Setting("transformers", k, "block") for k in (0, 1)]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def bench_memory(
@@ -68,6 +74,7 @@ def bench_memory(
     dropout: float = 0.1,
     every: Annotated[tuple[int, ...] | None, optional("INT [INT ...]")] = None,
     recompute: tuple[str, ...] = ("pointwise", "keep-attention", "block"),
+    optimizer: tuple[Optimizer, ...] = ("ordinary",),
     steps: int = 3,
     rounds: int = 1,
     compare: bool = True,
@@ -75,12 +82,13 @@ def bench_memory(
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
     out: Annotated[Path | None, optional("OUT")] = None,
 ) -> list[tuple[Setting, Result]]:
-    """Measure memory and time of training at every setting of recomputation.
+    """Measure memory and time of training at every setting of recomputation and of the optimizer.
     $ minigpt2 bench memory --batch 1 --length 256 --every 3
 
-    For each, in a process of its own: peak memory in GiB, how far off `minigpt2 plan` was, and the time of a step over
-    that without recomputation (the median and its range). AdamW; minigpt2 runs as in `minigpt2 train`,
-    transformers as installed, with its sdpa attention.
+    For each, in a process of its own: peak memory in GiB, how far off `minigpt2 plan` was, and the time of a step in
+    seconds and over that without recomputation, or else the first that fits (the median and its range). AdamW; minigpt2
+    runs as in `minigpt2 train`, transformers as installed, with its sdpa attention. What needs more memory than is free
+    is left out, which of transformers only a trial says.
 
     Args:
         model: An official name.
@@ -89,6 +97,7 @@ def bench_memory(
         dropout: All three dropouts.
         every: Values of --checkpoint-every to measure. Default: all.
         recompute: Values of --recompute to measure.
+        optimizer: How the weights move: ordinary, in-backward, and so with moments in bf16 or 8bit.
         steps: Steps in a process, of which the first two, or of three the first, are warm-up.
         rounds: How often everything is measured, in turn.
         compare: Also measure transformers, with and without its gradient checkpointing, if it is installed.
@@ -102,42 +111,82 @@ def bench_memory(
     if out is not None:
         import_extra("plots", "matplotlib.figure", "--out")  # before hours of measuring
     shape: dict[str, int] = config or dict(OFFICIAL_SIZES[model])
-    chosen = settings(GPT2Config().replace(**shape).n_layer, every, recompute, compare)
+    chosen = settings(GPT2Config().replace(**shape).n_layer, every, recompute, optimizer, compare)
     print(header("memory"))
     print(f"{model}, batch {batch} x {length}, dropout {dropout}, {precision}, AdamW, {steps} steps a process")
-    results: dict[Setting, list[Result]] = {setting: [] for setting in chosen}
+    model_config = GPT2Config().replace(**shape)
+    results: dict[Setting, list[Result]] = {}
     for _ in range(rounds):
         for setting in chosen:
             job = Job(setting.library, shape, batch, length, dropout, setting.checkpoint_every, setting.recompute)
+            moments, inside = STEPPINGS[setting.optimizer]
+            job = dataclasses.replace(job, steps=steps, precision=precision, moments=moments, in_backward=inside)
             ours = setting.library == "minigpt2"
-            results[setting].append(measure(dataclasses.replace(job, steps=steps, tuned=ours, precision=precision)))
-            print(f"  measured: {setting.name}", flush=True)
-    rows = [_row(setting, results, GPT2Config().replace(**shape), batch, length, precision) for setting in chosen]
-    print(f"{'':<42} {'peak GiB':>8} {'predicted':>9}  {'time, x no recomputation':<24}")
+            job = dataclasses.replace(job, tuned=ours, limit=None if ours else _free())
+            if why := _left_out(predicted(setting, model_config, batch, length, precision)):
+                print(f"  left out: {setting.name}: {why}", flush=True)
+                continue
+            try:
+                measured = measure(job)
+                results.setdefault(setting, []).append(measured)
+                print(f"  measured: {setting.name}", flush=True)
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error):
+                    raise
+                print(f"  left out: {setting.name}: it needs more than is free", flush=True)
+    rows = [_row(setting, results, model_config, batch, length, precision) for setting in results]
+    print(f"{'':<46} {'peak GiB':>8} {'predicted':>9} {'seconds':>8}  {'time, x the first':<24}")
     for row in rows:
-        predicted = f"{row['error']:+.1%}" if row["error"] != "" else ""
+        off = f"{row['error']:+.1%}" if row["error"] != "" else ""
         spread = f"{row['time']:.2f} [{row['time_low']:.2f}, {row['time_high']:.2f}]"
-        print(f"{row['setting']:<42} {row['peak_gib']:>8.2f} {predicted:>9}  {spread:<24}")
+        print(f"{row['setting']:<46} {row['peak_gib']:>8.2f} {off:>9} {row['seconds']:>8.2f}  {spread:<24}")
     if out is not None:
         _write(rows, out)
     return [(setting, found[-1]) for setting, found in results.items()]
 
 
+def predicted(setting: Setting, config: GPT2Config, batch: int, length: int, precision: str) -> int | None:
+    """The bytes that a setting needs beside the interpreter; None for another library's."""
+    if setting.library != "minigpt2":
+        return None
+    dials: dict[str, Any] = {"checkpoint_every": setting.checkpoint_every, "recompute": setting.recompute}
+    stepping = STEPPINGS[setting.optimizer]
+    return footprint(config, batch, length, **dials, stepping=stepping, precision=precision).peak
+
+
+def _free() -> int | None:
+    try:
+        return free_bytes()
+    except ValueError:  # a system that does not say
+        return None
+
+
+def _left_out(needed: int | None) -> str:
+    """Why a setting that needs so many bytes cannot be measured here, or nothing."""
+    free = _free()
+    if needed is None or free is None or needed <= free:
+        return ""
+    return f"it needs {format_bytes(needed)}, and {format_bytes(free)} are free"
+
+
 def _row(
-    setting: Setting, results: dict[Setting, list[Result]], config: GPT2Config, batch: int, length: int, precision: str
+    setting: Setting,
+    results: dict[Setting, list[Result]],
+    config: GPT2Config,
+    batch: int,
+    length: int,
+    precision: str,
 ) -> dict[str, float | str]:
-    base = statistics.median(s for r in results[Setting("minigpt2", 0, "block")] for s in r.seconds)
+    base = statistics.median(s for r in next(iter(results.values())) for s in r.seconds)
     seconds = [s for r in results[setting] for s in r.seconds]
     measured = statistics.median(r.peak - r.baseline for r in results[setting])
-    error: float | str = ""
-    if setting.library == "minigpt2":
-        dials = {"checkpoint_every": setting.checkpoint_every, "recompute": setting.recompute, "precision": precision}
-        error = footprint(config, batch, length, **dials).peak / measured - 1  # type: ignore[arg-type]
+    needed = predicted(setting, config, batch, length, precision)
     return {
         "setting": setting.name,
         **setting._asdict(),
         "peak_gib": statistics.median(r.peak for r in results[setting]) / 2**30,
-        "error": error,
+        "error": "" if needed is None else needed / measured - 1,
+        "seconds": statistics.median(seconds),
         "time": statistics.median(seconds) / base,
         "time_low": min(seconds) / base,
         "time_high": max(seconds) / base,
@@ -159,12 +208,14 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
     figure = drawing.Figure(figsize=(11 if theirs else 6.5, 4.5), layout="constrained")
     panels = figure.subplots(1, 2 if theirs else 1, squeeze=False)[0]
     for axes, peers in zip(panels, ([], theirs), strict=False):  # the dial by itself, and beside transformers
-        for recompute in dict.fromkeys(str(row["recompute"]) for row in ours[1:]):
-            line = [row for row in ours if row["recompute"] == recompute or row is ours[0]]
-            line.sort(key=lambda row: row["peak_gib"])
-            look = {"color": COLOURS[recompute], "markersize": 4, "label": f'recompute="{recompute}"'}
-            axes.plot(*zip(*map(point, line), strict=True), "o-", **look)
+        for way, style in zip(dict.fromkeys(row["optimizer"] for row in ours), ("-", "--", "-.", ":"), strict=False):
+            line: list[dict[str, float | str]] = []  # what no other of it beats in both memory and time
+            for row in sorted((row for row in ours if row["optimizer"] == way), key=point):
+                if not line or point(row)[1] < point(line[-1])[1]:
+                    line.append(row)
+            axes.plot(*zip(*map(point, line), strict=True), style, color="gray", linewidth=1, label=str(way))
             for row in line:
+                axes.plot(*point(row), "o", color=COLOURS[str(row["recompute"])], markersize=4)
                 text = "" if peers else str(row["checkpoint_every"])
                 axes.annotate(text, point(row), xytext=(3, 3), textcoords="offset points", fontsize=7)
         for row in peers:
@@ -174,6 +225,8 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
         axes.set_title("beside transformers" if peers else "numbers are checkpoint_every", fontsize=9)
         axes.margins(x=0.25 if peers else 0.05)
         axes.grid(alpha=0.3)
+    for recompute in dict.fromkeys(str(row["recompute"]) for row in ours):
+        panels[0].plot([], [], "o", color=COLOURS[recompute], markersize=4, label=f'recompute="{recompute}"')
     if len(ours) > 1:
         panels[0].legend(fontsize=8)
     figure.savefig(out.with_suffix(".png"), dpi=150)

@@ -25,16 +25,26 @@ def test_bench_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
 
     def measure_here(job: Job) -> Result:
         """Without a process to start, or the arena, which would stay; this process has the peak of earlier tests."""
-        result = _run(dataclasses.replace(job, tuned=False))
+        assert (job.moments, job.in_backward) in (("fp32", False), ("8bit", True))
+        result = _run(dataclasses.replace(job, tuned=False, limit=None))
         return dataclasses.replace(result, peak=result.baseline + 2**20)
 
     monkeypatch.setattr("minigpt2.bench.memory.measure", measure_here)
     found = bench_memory(
-        config=TINY, batch=1, length=16, every=(1,), recompute=("block",), steps=2, out=tmp_path / "dial"
+        config=TINY,
+        batch=1,
+        length=16,
+        every=(1,),
+        recompute=("block",),
+        optimizer=("ordinary", "8bit"),
+        steps=2,
+        out=tmp_path / "dial",
     )
     assert [setting.name for setting, _ in found] == [
         "no recomputation",
         "checkpoint_every=1",
+        "8bit",
+        "checkpoint_every=1, 8bit",
         "transformers",
         "transformers, gradient checkpointing",
     ]
@@ -46,6 +56,21 @@ def test_bench_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     with (tmp_path / "dial.csv").open() as file:
         assert [row["setting"] for row in csv.DictReader(file)] == [setting.name for setting, _ in found]
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_is_left_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_nothing(job: Job) -> Result:
+        if job.library == "transformers":
+            assert job.limit == 2**24
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        raise AssertionError("it fits")
+
+    monkeypatch.setattr("minigpt2.bench.memory.measure", measure_nothing)
+    monkeypatch.setattr("minigpt2.bench.memory.free_bytes", lambda: 2**24)
+    assert bench_memory(config=TINY, batch=1, length=16, every=(1,), recompute=("block",)) == []
+    printed = capsys.readouterr().out
+    assert "left out: no recomputation: it needs " in printed
+    assert "left out: transformers: it needs more than is free" in printed
 
 
 def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
