@@ -212,29 +212,42 @@ def _bench_shape(
                 float32[p, backward].append(seconds(functools.partial(run, "fused", p, backward, in_float32)))
             peer[p, backward].append(seconds(functools.partial(run, PEER, p, backward)))
 
-    rows = []
-    for p, backward in cases:
-        flops = forward_flops * 3.5 if backward else forward_flops
-        ratios = [y / x for x, y in zip(ours[p, backward], peer[p, backward], strict=True)]
-        gains = [y / x for x, y in zip(ours[p, backward], float32[p, backward], strict=False)]
-        shares = [flops / x / mm for x, mm in zip(ours[p, backward], mm_rates, strict=True)]
-        prices = [x / x0 - 1 for x, x0 in zip(ours[p, backward], ours[dropouts[0], backward], strict=True)]
-        rows.append(
-            Measurement(
-                B=B,
-                T=T,
-                dropout_p=p,
-                backward=backward,
-                rate=flops / statistics.median(ours[p, backward]) / 1e9,
-                ratio=statistics.median(ratios),
-                ratio_range=(min(ratios), max(ratios)),
-                share_of_mm=statistics.median(shares),
-                price_of_dropout=statistics.median(prices),
-                over_float32=statistics.median(gains) if gains else None,
-                over_float32_range=(min(gains), max(gains)) if gains else None,
-            )
+    return [
+        _measurement(
+            B, T, case, forward_flops, mm_rates, ours[dropouts[0], case[1]], ours[case], peer[case], float32[case]
         )
-    return rows
+        for case in cases
+    ]
+
+
+def _measurement(
+    B: int,
+    T: int,
+    case: tuple[float, bool],
+    forward_flops: float,
+    mm_rates: list[float],
+    without_dropout: list[float],
+    ours: list[float],
+    peer: list[float],
+    float32: list[float],
+) -> Measurement:
+    """From the seconds of each round, of the case or as the names say, and the rates of torch.mm."""
+    flops = forward_flops * 3.5 if case[1] else forward_flops
+    ratios = [y / x for x, y in zip(ours, peer, strict=True)]
+    gains = [y / x for x, y in zip(ours, float32, strict=False)]
+    return Measurement(
+        B=B,
+        T=T,
+        dropout_p=case[0],
+        backward=case[1],
+        rate=flops / statistics.median(ours) / 1e9,
+        ratio=statistics.median(ratios),
+        ratio_range=(min(ratios), max(ratios)),
+        share_of_mm=statistics.median(flops / x / mm for x, mm in zip(ours, mm_rates, strict=True)),
+        price_of_dropout=statistics.median(x / x0 - 1 for x, x0 in zip(ours, without_dropout, strict=True)),
+        over_float32=statistics.median(gains) if gains else None,
+        over_float32_range=(min(gains), max(gains)) if gains else None,
+    )
 
 
 def _seconds(call: Callable[[], object], least_seconds: float, device: torch.device = CPU) -> float:

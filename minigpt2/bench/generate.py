@@ -90,16 +90,7 @@ def bench_generate(
     found = []
     for batch in batches:
         ids = torch.randint(shape.vocab_size, (batch, prompt))
-        outputs = {name: generate(ids, min(tokens, 8)) for name, generate in libraries.items()}  # warm-up
-        seconds: dict[str, list[float]] = {name: [] for name in libraries}
-        rates = []
-        for _ in range(rounds):
-            rates.append(memory_rates())
-            for name, generate in libraries.items():
-                start = time.perf_counter()
-                outputs[name] = generate(ids, tokens)
-                seconds[name].append(time.perf_counter() - start)
-        read, copy = (statistics.median(rate) for rate in zip(*rates, strict=True))
+        outputs, seconds, (read, copy) = _in_turn(libraries, ids, tokens, rounds)
         ours = statistics.median(seconds["minigpt2"])
         # Token t reads prompt + t - 1 keys and as many values in each layer; the first token is the prompt's own.
         cached = prompt + (tokens - 1) / 2
@@ -126,15 +117,36 @@ def bench_generate(
             f"({weight_bytes / 1e6:.0f} MB of weights a token; with {cache_bytes / 1e6:.0f} MB of cache, on average, "
             f"{row.share_with_cache:.0%})"
         )
-        if "float32" in seconds:
-            gains = [t / o for t, o in zip(seconds["float32"], seconds["minigpt2"], strict=True)]
-            spread = f"[{min(gains):.2f}, {max(gains):.2f}]"
-            print(f"    {dtype} is {statistics.median(gains):.2f} x as fast as float32 {spread}")
-        if ratio is not None:
-            same = "the same ids" if row.same_ids else "OTHER ids"
-            print("    minigpt2 is {:.2f} x as fast [{:.2f}, {:.2f}], with ".format(*ratio) + same, flush=True)
+        _print_ratios(row, seconds, dtype)
         found.append(row)
     return found
+
+
+def _in_turn(
+    libraries: dict[str, Generate], ids: Tensor, tokens: int, rounds: int
+) -> tuple[dict[str, Tensor], dict[str, list[float]], tuple[float, float]]:
+    """What each library made of the prompts, its seconds in each round, and the rates of memory, medians."""
+    outputs = {name: generate(ids, min(tokens, 8)) for name, generate in libraries.items()}  # warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in libraries}
+    rates = []
+    for _ in range(rounds):
+        rates.append(memory_rates())
+        for name, generate in libraries.items():
+            start = time.perf_counter()
+            outputs[name] = generate(ids, tokens)
+            seconds[name].append(time.perf_counter() - start)
+    read, copy = (statistics.median(rate) for rate in zip(*rates, strict=True))
+    return outputs, seconds, (read, copy)
+
+
+def _print_ratios(row: Generation, seconds: dict[str, list[float]], dtype: str) -> None:
+    if "float32" in seconds:
+        gains = [t / o for t, o in zip(seconds["float32"], seconds["minigpt2"], strict=True)]
+        spread = f"[{min(gains):.2f}, {max(gains):.2f}]"
+        print(f"    {dtype} is {statistics.median(gains):.2f} x as fast as float32 {spread}")
+    if row.ratio is not None:
+        same = "the same ids" if row.same_ids else "OTHER ids"
+        print("    minigpt2 is {:.2f} x as fast [{:.2f}, {:.2f}], with ".format(*row.ratio) + same, flush=True)
 
 
 def memory_rates(size: int = 2**28) -> tuple[float, float]:

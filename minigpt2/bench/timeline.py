@@ -22,7 +22,6 @@ from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.extras import import_extra
 from minigpt2.memory import format_bytes
 from minigpt2.model import GPT2
-from minigpt2.ops.allocator import tune_allocator
 from minigpt2.pictures import COLOURS
 
 __all__ = ["Timeline", "bench_timeline"]
@@ -74,7 +73,8 @@ def bench_timeline(
     $ minigpt2 bench timeline --every 0 3 --out timeline.png
 
     The second step of a fresh model in float32 with AdamW, under PyTorch's profiler, which sees each tensor come and
-    go. It counts tensors, not the process: `minigpt2 bench memory` measures that.
+    go. It counts tensors, not the process, and its times include fresh pages of memory, since the profiler does not see
+    into the arena of `minigpt2 train`: `minigpt2 bench memory` measures processes as they train.
 
     Args:
         model: An official name.
@@ -93,7 +93,6 @@ def bench_timeline(
     drop = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), dropout)
     shape = GPT2Config().replace(**(config or OFFICIAL_SIZES[model]), **drop)  # type: ignore[arg-type]
     print(header("timeline"))
-    tune_allocator()  # as in training: fresh pages would be a part of the time
     print(f"{model}, batch {batch} x {length}, dropout {dropout}, recompute={recompute!r}, AdamW; bytes of tensors")
     print(f"{'checkpoint_every':>16} {'forward':>8} {'backward':>9} {'recomputed':>10} {'kept':>10} {'peak':>10}")
     found = []
