@@ -38,6 +38,7 @@ def bench_step(
     rounds: int = 1,
     compare: Annotated[Literal["hf", "hf-tuned"] | None, optional("{hf,hf-tuned}")] = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    optimizer: Literal["adamw", "muon"] = "adamw",
     compile: bool = False,
     profile: bool = False,
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
@@ -45,7 +46,7 @@ def bench_step(
     """Measure training steps: tokens a second, time of each part, memory, share of the roofline.
     $ minigpt2 bench step --model small --batch 8 --length 256
 
-    Medians, with their range, over every step but each process's warm-up; AdamW. The roofline share is the
+    Medians, with their range, over every step but each process's warm-up. The roofline share is the
     time that the step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes
     in this run, over the step's time; where minigpt2 has another library make its products, also at that one's rates.
     Recomputation counts as time, not as work. A ratio to another library is the median over pairs of steps, the first
@@ -64,6 +65,7 @@ def bench_step(
             tune_allocator() too. Default: neither.
         precision: What matrix products are computed in, by autocast, of transformers too; other than fp32 also runs
             minigpt2 in fp32, alternately.
+        optimizer: muon also runs minigpt2 with AdamW, alternately; transformers always has AdamW.
         compile: Also run minigpt2 compiled (torch.compile), alternately, each in its own process.
         profile: Also print where the time of a step goes, from one more process.
         config: Fields of GPT2Config: another shape than the official one.
@@ -72,17 +74,19 @@ def bench_step(
         raise ValueError(f"model must be one of {', '.join(SHAPES)}, got {model!r}")
     shape: dict[str, int] = config or dict(SHAPES[model])
     ours = Job("minigpt2", shape, batch, length, dropout, checkpoint_every, recompute, steps=steps, tuned=True)
-    ours = dataclasses.replace(ours, precision=precision)
+    ours = dataclasses.replace(ours, precision=precision, optimizer=optimizer)
     jobs = {"minigpt2": ours}
     if precision != "fp32":
         jobs["fp32"] = dataclasses.replace(ours, precision="fp32")
+    if optimizer != "adamw":
+        jobs["adamw"] = dataclasses.replace(ours, optimizer="adamw")
     if compile:
         jobs["compiled"] = dataclasses.replace(ours, compile=True)
     if compare:
         tuned = compare == "hf-tuned"
         jobs["transformers"] = dataclasses.replace(ours, library="transformers", checkpoint_every=0, tuned=tuned)
     print(header("step"))
-    print(f"{model}, batch {batch} x {length}, dropout {dropout}, {precision}, AdamW; {rounds} x {steps} steps")
+    print(f"{model}, batch {batch} x {length}, dropout {dropout}, {precision}, {optimizer}; {rounds} x {steps} steps")
     results: dict[str, list[Result]] = {name: [] for name in jobs}
     full = GPT2Config().replace(**shape)
     dtype = DTYPES[precision]

@@ -32,6 +32,8 @@ class Job:
     checkpoint_every: int = 0
     """For transformers: 0 is off, anything else its gradient checkpointing."""
     recompute: str = "block"
+    optimizer: str = "adamw"
+    """adamw or muon; transformers always has AdamW."""
     moments: str = "fp32"
     """Those of minigpt2's AdamW: fp32, bf16 or 8bit."""
     in_backward: bool = False
@@ -143,7 +145,7 @@ def _run(job: Job) -> Result:
         from minigpt2.training.optimizer import make_optimizer
 
         recipe: dict[str, Any] = {"lr": 1e-4, "embedding_lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.999)}
-        optimizer = make_optimizer(model, "adamw", **recipe, in_backward=job.in_backward, moments=job.moments)
+        optimizer = make_optimizer(model, job.optimizer, **recipe, in_backward=job.in_backward, moments=job.moments)
     ids = torch.randint(vocab, (job.batch, job.length + 1))
     times: list[list[float]] = []
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
