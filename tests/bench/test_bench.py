@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from minigpt2 import GPT2Config
@@ -84,6 +85,14 @@ def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert "x as fast" in printed
     assert re.search(r"^ +\d+\.\d%  attention$", printed, re.MULTILINE)
     assert roofline_seconds(GPT2Config().replace(**TINY), 1, 16) > 0
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
+def test_bench_step_of_muon_runs_adamw_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench_step(config=TINY, batch=1, length=16, steps=2, optimizer="muon")
+    assert list(found) == ["minigpt2", "adamw"]
+    assert found["minigpt2"][0].loss != found["adamw"][0].loss
+    assert "fp32, muon; 1 x 2 steps" in capsys.readouterr().out
 
 
 def test_bench_generate(capsys: pytest.CaptureFixture[str]) -> None:
