@@ -182,8 +182,9 @@ class TrainConfig(TextOptions):
 
         The rate of AdamW for the blocks' matrices falls with the width, as in Yang et al. 2022 (arXiv:2203.03466); that
         of Muon, whose steps have one size for any width, does not, nor those of embeddings and vectors. Measured at one
-        shape only, 6 blocks of width 192, 300 steps of 8 x 256 tokens of Shakespeare: a validation loss of 4.52 with
-        Muon and 3e-3 for the embeddings, 4.45 with 6e-3 (one seed each).
+        shape only, 6 blocks of width 192, 300 steps of 8 x 256 tokens of Shakespeare, where a validation loss of 4.98
+        came with AdamW and 4.45 with Muon in 1.03 of the time (minigpt2/bench/README.md has the commands), and 4.52
+        with Muon and 3e-3 for the embeddings (one seed).
         """
         pays = self.parallel != "fsdp" and self.moments in (None, "fp32") and muon_pays(pick_device(self.device))
         optimizer = self.optimizer or ("muon" if pays else "adamw")
