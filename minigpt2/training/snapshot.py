@@ -64,6 +64,7 @@ def save(
         _delete_hidden(root)
         temporary.mkdir()
         for group, named in tensors.items():
+            # Straight from the tensors: a second copy of the state of a large model would not fit.
             save_file({name: t.detach().contiguous() for name, t in named.items()}, temporary / f"{group}.safetensors")
         _write_json(temporary / STATE, {"step": step, **state})
         if config is not None:

@@ -7,10 +7,13 @@ import errno
 import itertools
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import environment
 
 from minigpt2.training import snapshot
 from minigpt2.training.snapshot import SnapshotError, newest, random_state, save, set_random_state
@@ -235,3 +238,21 @@ def test_weights_that_do_not_fit_are_named() -> None:
     model = torch.nn.Linear(2, 3)
     with pytest.raises(SnapshotError, match=r"bias is missing; other is unexpected; weight is \(2, 3\)"):
         snapshot.load_weights(model, {"weight": torch.ones(2, 3), "other": torch.ones(1)})
+
+
+def test_a_snapshot_is_written_without_a_second_copy(tmp_path: Path) -> None:
+    """In a process of its own, whose peak is that of the snapshot."""
+    code = f"""
+import torch
+from tiny_runs import environment
+from pathlib import Path
+from minigpt2.device import peak_bytes
+from minigpt2.training.snapshot import save
+tensors = {{str(i): torch.ones(2**23) for i in range(4)}}
+before = peak_bytes(torch.device("cpu"))
+save(Path({str(tmp_path)!r}), 1, {{"weights": tensors}}, {{}})
+print(peak_bytes(torch.device("cpu")) - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 2**27 / 4
