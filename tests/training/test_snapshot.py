@@ -244,7 +244,6 @@ def test_a_snapshot_is_written_without_a_second_copy(tmp_path: Path) -> None:
     """In a process of its own, whose peak is that of the snapshot."""
     code = f"""
 import torch
-from tiny_runs import environment
 from pathlib import Path
 from minigpt2.device import peak_bytes
 from minigpt2.training.snapshot import save
