@@ -1,9 +1,7 @@
 """What AdamW's moments in fewer bytes cost: the loss of small models after 1,000 steps, beside that with float32's.
 
-`python tests/training/moments_learn.py` takes a minute or two. The text is Python's standard library, byte by byte; the
-models have 2 blocks of width 64. Measured with it (torch 2.13, 1 thread):
-
-TABLE
+`python tests/training/moments_learn.py` takes minutes. The text is Python's standard library, byte by byte; the models
+have 2 blocks of width 64. minigpt2/bench/README.md says what it printed.
 """
 
 from __future__ import annotations
