@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2.device import readable
+from minigpt2.ops import kernel
 from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves
 from minigpt2.torch_private import backward_keeps_graph, transformed
 
@@ -44,6 +45,7 @@ _CHUNK_BYTES = 64 * 2**20
 # MKL writes rows of logits that start on a cache line 1.4 times as fast as rows of 50257 floats. So a chunk's rows are
 # padded to a multiple of this many elements; the padding holds logits of -inf, which softmax turns into zeros.
 _ROW_MULTIPLE = 64
+_COMPILED = (torch.float32, torch.bfloat16)  # PyTorch has a faster exponential of float64
 
 
 def linear_cross_entropy(
@@ -157,35 +159,28 @@ def _linear_cross_entropy(
     chunk_size, width = chunk_shape(tokens, vocab, chunk_size)
     onednn = onednn_serves(chunk_size * head.numel(), hidden, head)  # which allocates the logits itself, unpadded
 
-    # All chunks share this memory. In lower precision the products also need a copy of a chunk in their dtype, and the
-    # weight's gradient is summed in float32.
-    padded = hidden.new_empty(0 if onednn else chunk_size, width, dtype=wide)
-    narrow = padded if dtype == wide else torch.empty_like(padded, dtype=dtype)
+    # The compiled kernel makes d in the memory of the logits; without it, lower precision has it made in float32.
+    compiled = dtype in _COMPILED and all(map(kernel.serves, (hidden, head)))
+    # All chunks share this memory; the weight's gradient is summed in float32.
+    narrow = hidden.new_empty(0 if onednn else chunk_size, width, dtype=dtype)
+    padded = narrow if compiled or dtype == wide else torch.empty_like(narrow, dtype=wide)
     weight_sum = grad_weight if grad_weight.dtype == wide else torch.empty_like(grad_weight, dtype=wide)
     weight_sum = weight_sum if tokens else weight_sum.zero_()  # without tokens no chunk writes it
     for start in range(0, tokens, max(1, chunk_size)):
         chunk = slice(start, start + chunk_size)
         label, factor, inputs = labels[chunk], factors[chunk], hidden[chunk].to(dtype)
         if onednn:
-            probs = z = operand = None  # the last chunk's make room
-            probs = z = operand = multiply(inputs, head.t())
+            operand = None  # the last chunk's make room
+            operand = multiply(inputs, head.t())
         else:
-            probs = padded[: len(label)]
-            z, operand = probs[:, :vocab], narrow[: len(label), :vocab]  # (n, V): logits, and operand of the products
+            operand = narrow[: len(label), :vocab]  # (n, V): the logits, then d
             torch.mm(inputs, head.t(), out=operand)
-            if dtype != wide:
-                z.copy_(operand)
-            probs[:, vocab:] = -torch.inf
-        largest, logit = probs.amax(1), z.gather(1, label).squeeze(1)
-        torch.softmax(probs, 1, out=probs)  # in place: a row is written when its maximum and sum are known
-        # The largest probability is exp(largest - logsumexp) and at least 1 / V, so that its logarithm is finite; the
-        # label's may not be. Without a second chunk, no other way to the logsumexp costs less than these two maxima.
-        losses[chunk] = largest - probs.amax(1).log() - logit
+        if compiled:
+            losses[chunk] = kernel.cross_entropy_(operand, label.squeeze(1), gradient=want_hidden or want_weight)
+        else:
+            losses[chunk] = _cross_entropy_(operand, operand if onednn else padded[: len(label)], label)
         if not (want_hidden or want_weight):
             continue
-        z.scatter_(1, label, z.gather(1, label) - 1)
-        if dtype != wide:
-            operand.copy_(z)
         if want_hidden:
             grad_hidden[chunk] = multiply(operand, head) * factor
         if want_weight:
@@ -195,6 +190,24 @@ def _linear_cross_entropy(
     losses.masked_fill_(~counts, 0)
     grad_weight = grad_weight if grad_weight is weight_sum else grad_weight.copy_(weight_sum)
     return losses.sum() if total else losses, grad_hidden, grad_weight
+
+
+def _cross_entropy_(logits: Tensor, padded: Tensor, label: Tensor) -> Tensor:
+    """The losses of a chunk of logits (n, V), which become softmax less one-hot, by way of `padded` (n, V + padding):
+    where they lie, or float32's for lower precision."""
+    z = padded[:, : logits.size(1)]
+    if z.dtype != logits.dtype:
+        z.copy_(logits)
+    padded[:, logits.size(1) :] = -torch.inf
+    largest, logit = padded.amax(1), z.gather(1, label).squeeze(1)
+    torch.softmax(padded, 1, out=padded)  # in place: a row is written when its maximum and sum are known
+    # The largest probability is exp(largest - logsumexp) and at least 1 / V, so that its logarithm is finite; the
+    # label's may not be. Without a second chunk, no other way to the logsumexp costs less than these two maxima.
+    losses = largest - padded.amax(1).log() - logit
+    z.scatter_(1, label, z.gather(1, label) - 1)
+    if z.dtype != logits.dtype:
+        logits.copy_(z)
+    return losses
 
 
 def _outputs(

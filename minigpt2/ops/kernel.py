@@ -23,6 +23,7 @@ __all__ = [
     "adamw",
     "attention",
     "attention_backward",
+    "cross_entropy_",
     "decode",
     "dropout_add",
     "few_rows",
@@ -37,7 +38,16 @@ MAX_HEAD_DIM = 256
 FEW = 8
 """The most rows of `few_rows`."""
 
-_SOURCES = ("adamw.cpp", "attention.cpp", "decode.cpp", "dropout.cpp", "gelu.cpp", "products.cpp", "tasks.cpp")
+_SOURCES = (
+    "adamw.cpp",
+    "attention.cpp",
+    "decode.cpp",
+    "dropout.cpp",
+    "gelu.cpp",
+    "loss.cpp",
+    "products.cpp",
+    "tasks.cpp",
+)
 
 
 @functools.cache
@@ -187,6 +197,26 @@ def adamw(
         raise MemoryError("adamw could not allocate its scratch memory")
 
 
+def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    """The cross-entropy of each row of logits (n, V), its last dimension contiguous, with its label in [0, V), int64
+    (n,): (n,), in the dtype of the arithmetic. With `gradient` the logits become their gradient, softmax less one-hot."""
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or not logits.size(1):
+        raise ValueError(f"logits (n, V) and labels (n,) do not fit: {tuple(logits.shape)}, {tuple(labels.shape)}")
+    if labels.dtype != torch.int64 or not labels.is_cpu or not in_memory(labels):
+        raise ValueError(f"labels must be int64 on the CPU, not {labels.dtype} on {labels.device}")
+    V = logits.size(1)
+    if labels.numel() and not 0 <= labels.min() <= labels.max() < V:
+        raise ValueError(f"labels must be in [0, {V}), not from {labels.min()} to {labels.max()}")
+    # It is written in place, so that there is no copy to take instead.
+    if _checked(logits)[0] is not logits or (logits.numel() and (logits.stride(1) != 1 or logits.stride(0) < V)):
+        raise ValueError(f"logits must have rows of their own in memory, not strides {logits.stride()}")
+    labels = labels.contiguous()
+    losses = logits.new_empty(labels.shape, dtype=lse_dtype(logits.dtype))
+    addresses = (logits.data_ptr(), logits.stride(0), labels.data_ptr(), losses.data_ptr())
+    _call("cross_entropy", logits.dtype, *logits.shape, *addresses, gradient)
+    return losses
+
+
 def packed_sizes(qkv: Tensor, n_head: int) -> tuple[int, int, int, int]:
     """B, T, H, D of a packed projection; ValueError for one that is none."""
     if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
@@ -302,6 +332,7 @@ def _functions() -> dict[str, Any]:
         "adamw": [ctypes.c_int, integer, integer, *[pointer] * 7, ctypes.c_uint32, integer],
         "attention": [*shape, *strided, number, pointer, pointer, *dropout],
         "attention_backward": [*shape, *strided, number, *strided, *[pointer] * 3, *dropout],
+        "cross_entropy": [ctypes.c_int, *[integer] * 2, pointer, integer, pointer, pointer, ctypes.c_int],
         "decode": [*shape, number, *strided, *cached, *cached, pointer],
         "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],
         "gelu": [ctypes.c_int, integer, *[pointer] * 3],
