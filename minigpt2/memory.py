@@ -301,6 +301,8 @@ class _Sizes:
         self.chunk = rows * width * wide + 2 * rows * C * wide
         if autocast:  # the head and a chunk in lower precision, a block of the head's gradient, and what is widened
             self.chunk += (V * C + rows * width + min(V, BLOCK) * C) * e + 2 * rows * C * wide
+        if cpu and autocast:  # the compiled kernel has no use for a chunk in float32
+            self.chunk -= rows * width * wide
         if plain and onednn_serves(rows * V * C):
             self.chunk += (rows + C) * min(V, BLOCK) * wide  # a block of the weight's gradient, and of the logits
         tokens = B * T
