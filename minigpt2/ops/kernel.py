@@ -199,7 +199,7 @@ def adamw(
 
 def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
     """The cross-entropy of each row of logits (n, V), its last dimension contiguous, with its label in [0, V), int64
-    (n,): (n,), in the dtype of the arithmetic. With `gradient` the logits become their gradient, softmax less one-hot."""
+    (n,): (n,), in the dtype of the arithmetic. With `gradient` the logits become theirs: softmax less one-hot."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not logits.size(1):
         raise ValueError(f"logits (n, V) and labels (n,) do not fit: {tuple(logits.shape)}, {tuple(labels.shape)}")
     if labels.dtype != torch.int64 or not labels.is_cpu or not in_memory(labels):

@@ -122,6 +122,13 @@ def meta(*shape: int) -> Tensor:
 OPS: Any = torch.ops.minigpt2
 X, QKV, OUT, LSE, SEED = randn(4, 32), randn(1, 2, 96), randn(1, 2, 32), randn(1, 2, 2), torch.tensor(1)
 Q, K = randn(1, 2, 1, 16), randn(1, 2, 5, 16)
+LABELS = torch.arange(len(X))
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    return kernel.cross_entropy_(logits, labels, gradient=True)
+
+
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: OPS.gelu_backward(randn(4, 31), X), "the gradient must be like x"),
     (lambda: OPS.gelu_backward(X.double(), X), "the gradient must be like x"),
@@ -163,6 +170,15 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: kernel.few_rows(X, randn(32, 64), randn(63)), "bias must be (64,), got (63,)"),
     (lambda: kernel.few_rows(X, randn(32, 64), randn(64).double()), "the tensors must have one dtype"),
     (lambda: kernel.few_rows(X, meta(32, 64), randn(64)), "tensors on the CPU, not torch.float32 ones on meta"),
+    (lambda: cross_entropy_(X[0], LABELS), "logits (n, V) and labels (n,) do not fit"),
+    (lambda: cross_entropy_(X, LABELS[:1]), "logits (n, V) and labels (n,) do not fit"),
+    (lambda: cross_entropy_(X[:, :0], LABELS), "logits (n, V) and labels (n,) do not fit"),
+    (lambda: cross_entropy_(X, LABELS.int()), "labels must be int64 on the CPU, not torch.int32 on cpu"),
+    (lambda: cross_entropy_(X, LABELS - 1), "labels must be in [0, 32), not from -1 to"),
+    (lambda: cross_entropy_(X, LABELS + 32), "labels must be in [0, 32), not from 32 to"),
+    (lambda: cross_entropy_(X[:1].expand(len(X), -1), LABELS), "logits must have rows of their own in memory"),
+    (lambda: cross_entropy_(X.t().contiguous().t(), LABELS), "logits must have rows of their own in memory"),
+    (lambda: cross_entropy_(X.half(), LABELS), "tensors on the CPU, not torch.float16 ones on cpu"),
 ]
 
 
@@ -194,6 +210,35 @@ def test_few_rows_of_bfloat16_are_as_exact_as_the_plain_product(rows: int) -> No
         ):
             assert ours.dtype == torch.bfloat16
             assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [1, 7, 32, 64, 129, 1000])
+@pytest.mark.usefixtures("needs_the_kernel")
+def test_cross_entropy_and_its_gradient_in_place(dtype: torch.dtype, width: int) -> None:
+    padded = (20 * randn(5, width + 3)).to(dtype)
+    labels, before = torch.arange(5) * 3 % width, padded.clone()
+    logits = padded[:, :width].double().requires_grad_()
+    exact = F.cross_entropy(logits, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(exact.sum(), logits)
+    losses = kernel.cross_entropy_(padded[:, :width], labels, gradient=False)
+    assert padded.equal(before)
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-6 if dtype != torch.float64 else 1e-14, atol=1e-5)
+    assert kernel.cross_entropy_(padded[:, :width], labels, gradient=True).equal(losses)
+    error = (padded[:, :width].double() - gradient).abs().max()
+    assert error <= {torch.float32: 3e-7, torch.bfloat16: 2**-9, torch.float64: 1e-15}[dtype]
+    assert padded[:, width:].equal(before[:, width:])
+
+
+@pytest.mark.usefixtures("needs_the_kernel")
+def test_cross_entropy_of_infinite_logits_is_that_of_pytorch() -> None:
+    logits = randn(6, 40)
+    logits[1, 3], logits[2, 5], logits[3] = torch.nan, torch.inf, -torch.inf
+    logits[4, :], logits[4, 7], logits[5, ::2] = -torch.inf, 1.0, -torch.inf
+    labels = torch.tensor([0, 0, 5, 1, 7, 1])
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(kernel.cross_entropy_(logits, labels, gradient=True), expected, equal_nan=True)
+    assert logits[1].isnan().all()
 
 
 def test_a_weight_of_another_dtype_is_an_error() -> None:
