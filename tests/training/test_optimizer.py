@@ -85,3 +85,5 @@ def test_recipes_follow_the_model_and_what_is_given() -> None:
     assert recipe(optimizer="muon", n_embd=768, weight_decay=0.0) == (0.02, 6e-3, 15, 0.0)
     assert recipe(init="gpt2") == (1e-4, 1e-4, 10, 0.0)
     assert recipe(init="gpt2", lr=1e-5) == (1e-5, 1e-5, 10, 0.0)
+    assert recipe(init="gpt2", optimizer="muon") == (5e-3, 1e-4, 10, 0.0)
+    assert recipe(init="gpt2", optimizer="muon", lr=0.01) == (0.01, 1e-4, 10, 0.0)
