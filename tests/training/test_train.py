@@ -109,9 +109,9 @@ def test_accumulation_gives_the_step_of_one_large_batch(fresh, tmp_path: Path) -
 
 def test_a_memory_budget_chooses_the_fastest_notch_that_fits(fresh, tmp_path: Path) -> None:
     assert "checkpoint_every=0, recompute='block'" in fresh(tmp_path, max_steps=1, memory_budget="100GiB")
-    config = train.TrainConfig(n_layer=4, n_head=2, n_embd=64, batch=64, length=64).resolved()
+    config = train.TrainConfig(n_layer=4, n_head=2, n_embd=64, batch=64, length=512).resolved()
     free, _ = train.make_model(config, torch.device("cpu"))
-    found = frontier.notches(free.config, 64, 64)
+    found = frontier.notches(free.config, 64, 512)
     budget = resident_bytes() + (found[0].peak + found[-1].peak) // 2
 
     def choice(**settings: object) -> tuple[GPT2, train.TrainConfig]:
