@@ -24,16 +24,28 @@ def test_targets_are_the_next_tokens() -> None:
     for input_ids, targets in (next(Batches(TOKENS, 4, 10, seed=0)), next(in_order(TOKENS, 4, 10, most=1))):
         assert input_ids.shape == targets.shape == (4, 10)
         assert input_ids.dtype == targets.dtype == torch.int64
-        assert torch.equal(targets, input_ids + 1)
+        assert torch.equal(targets, (input_ids + 1) % len(TOKENS))
 
 
 @pytest.mark.parametrize("batch", [3, 4])
 def test_an_epoch_visits_every_window_once(batch: int) -> None:
-    """Also where a batch crosses from one epoch to the next."""
+    """Also where a batch crosses from one epoch to the next; and each epoch cuts its windows elsewhere."""
     batches = Batches(TOKENS, batch, 10, seed=0)
     drawn = firsts(batches, 300 // batch)
-    assert [sorted(drawn[i : i + 100]) for i in (0, 100, 200)] == 3 * [WINDOWS]
+    cuts = set()
+    for i in (0, 100, 200):  # the windows are what lies between their starts, but for the 3 tokens that are left over
+        starts = np.sort(drawn[i : i + 100])
+        gaps = np.diff([*starts, starts[0] + len(TOKENS)])
+        assert sorted(gaps) == [10] * 99 + [13]
+        cuts.add(int(starts[0]))
+    assert len(cuts) == 3
     assert batches.position == 3 * batches.windows == 300
+
+
+def test_a_window_over_the_end_goes_on_at_the_beginning() -> None:
+    input_ids, targets = gather(TOKENS, [998], 7)
+    assert input_ids.tolist() == [[998, 999, 1000, 1001, 1002, 0, 1]]
+    assert targets.tolist() == [[999, 1000, 1001, 1002, 0, 1, 2]]
 
 
 def test_each_seed_and_each_epoch_has_its_own_random_order() -> None:

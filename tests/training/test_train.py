@@ -98,13 +98,20 @@ def test_fine_tuning_starts_from_the_weights(finished: tuple[Path, str], text: P
     assert before == pytest.approx(after, abs=0.05)
 
 
-def test_accumulation_gives_the_step_of_one_large_batch(fresh, tmp_path: Path) -> None:
-    fresh(tmp_path / "one", batch=8, max_steps=4)
-    fresh(tmp_path / "four", batch=2, accumulate=4, max_steps=4)
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "four"), strict=True):
-        assert a["tokens"] == b["tokens"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+@pytest.mark.parametrize(("optimizer", "loss", "norm"), [("adamw", 1e-5, 1e-4), ("muon", 1e-4, 5e-3)])
+def test_accumulation_gives_the_step_of_one_large_batch(
+    optimizer: str, loss: float, norm: float, fresh, tmp_path: Path
+) -> None:
+    """Up to the order of sums; after the first step Muon, which multiplies in bfloat16, makes more of it."""
+    if not hasattr(torch.optim, "Muon") and optimizer == "muon":
+        pytest.skip("this PyTorch has no Muon")
+    fresh(tmp_path / "one", batch=8, max_steps=4, optimizer=optimizer)
+    fresh(tmp_path / "four", batch=2, accumulate=4, max_steps=4, optimizer=optimizer)
+    pairs = list(zip(rows(tmp_path / "one"), rows(tmp_path / "four"), strict=True))
+    assert all(a["tokens"] == b["tokens"] for a, b in pairs)
+    for n, (a, b) in enumerate(pairs):
+        assert a["loss"] == pytest.approx(b["loss"], rel=loss if n else 1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=norm if n else 1e-4)
 
 
 def test_a_memory_budget_chooses_the_fastest_notch_that_fits(fresh, tmp_path: Path) -> None:
