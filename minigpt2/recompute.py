@@ -14,24 +14,23 @@ What else is kept is a second dial, `recompute`:
   so that only LayerNorm, GELU and dropout run twice: nearly free in time. A segment that is recomputed keeps its input
   alone until then.
 
-All three are one mechanism: a checkpoint (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost",
-arXiv:1604.06174; torch.utils.checkpoint) and a list of operations whose results it keeps. A recomputation sees the
-random state and the autocast of the first run, so that whatever is random inside a block repeats itself.
+All three are one mechanism: a checkpoint (`minigpt2/checkpoint.py`) and a list of operations whose results it keeps. A
+recomputation sees the random state and the autocast of the first run, so that whatever is random inside a block repeats
+itself. For torch.compile it is torch.utils.checkpoint, which the compiler knows.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from minigpt2.checkpoint import Contexts, Kept, checkpoint
 from minigpt2.torch_private import transformed
 
 __all__ = ["RECOMPUTE", "RecomputedStack", "Segment", "check_checkpoint_every", "check_recompute", "segments"]
@@ -50,10 +49,6 @@ ATTENTION = (
 SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")  # a sign that attention is made of several operations
 PRODUCTS = ("aten::addmm", "mkldnn::_linear_pointwise")
 PRODUCTS_IN_A_BLOCK = 4
-
-
-Contexts = Callable[[], Any]
-"""Makes the two contexts in which a checkpoint runs a function for the first and for the second time."""
 
 
 class Segment(NamedTuple):
@@ -127,24 +122,44 @@ def _in_turn(blocks: list[Callable[..., Tensor]], x: Tensor, *args: object) -> T
     return x
 
 
-def _checkpointed(function: Callable[..., Tensor], contexts: Contexts | None, *args: object) -> Tensor:
+def _checkpointed(function: Callable[..., Tensor], contexts: Callable[[], Contexts] | None, *args: object) -> Tensor:
     """Call function(*args), keeping `args` and the results that `contexts` keep; the rest is recomputed."""
-    if contexts is None:
-        # The whole function runs twice, with the hooks of the blocks.
-        return cast("Tensor", checkpoint(function, *args, use_reentrant=False, early_stop=False))
-    # The second run ends as soon as it has made what the backward pass reads, which is before the last product.
-    return cast("Tensor", checkpoint(function, *args, use_reentrant=False, early_stop=True, context_fn=contexts))
+    # Without a list of results the whole function runs twice, with the hooks of the blocks. With one, the second run
+    # ends as soon as it has made what the backward pass reads, which is before the last product.
+    early_stop = contexts is not None
+    if torch.compiler.is_compiling():
+        from torch.utils import checkpoint as compiled
+
+        settings: dict[str, Any] = {"context_fn": contexts} if contexts else {}
+        call = compiled.checkpoint(function, *args, use_reentrant=False, early_stop=early_stop, **settings)
+        return cast("Tensor", call)
+    return checkpoint(function, *args, contexts=contexts() if contexts else None, early_stop=early_stop)
 
 
-def _keep_attention() -> Any:
-    return create_selective_checkpoint_contexts(_Policy(()))
+def _keep_attention() -> Contexts:
+    return _keep(())
 
 
-def _keep_products() -> Any:
-    return create_selective_checkpoint_contexts(_Policy(PRODUCTS))
+def _keep_products() -> Contexts:
+    return _keep(PRODUCTS)
 
 
-_KEEPING: dict[str, Contexts | None] = {"block": None, "keep-attention": _keep_attention, "pointwise": None}
+def _keep(products: tuple[str, ...]) -> Contexts:
+    """Contexts that keep the results of attention and of all `products` of a segment or block but the last."""
+    if not torch.compiler.is_compiling():
+        return Kept(functools.partial(_Rule, products)).contexts()
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    rules = _Rule(products), _Rule(products)  # the compiler asks again for the second run
+
+    def policy(context: Any, operation: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
+        kept = rules[context.is_recompute](operation)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return cast("Contexts", create_selective_checkpoint_contexts(policy))
+
+
+_KEEPING = {"block": None, "keep-attention": _keep_attention, "pointwise": None}
 
 
 def _pointwise(block: Callable[..., Tensor], recomputed: bool) -> Callable[..., Tensor]:
@@ -163,7 +178,7 @@ class _KeepLater:
     def __init__(self) -> None:
         self.first_run = True
 
-    def __call__(self) -> tuple[Any, Any]:
+    def __call__(self) -> Contexts:
         """The contexts of a run of the block, and of the recomputation that belongs to it."""
         if self.first_run:
             self.first_run = False
@@ -178,24 +193,22 @@ class _KeepLater:
         self.recomputing.__exit__(*error)
 
 
-class _Policy:
-    """Which results of a run of a segment or block are kept: those of attention and of all `products` but the last."""
+class _Rule:
+    """Whether the result of each operation of a run is kept: those of attention and of all `products` but the last."""
 
     def __init__(self, products: tuple[str, ...]) -> None:
-        self.kept_products = products
-        self.products: Counter[bool] = Counter()  # in the first run and, where PyTorch asks again, in the second
+        self.kept_products, self.products = products, 0
 
-    def __call__(self, context: Any, operation: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
+    def __call__(self, operation: Any) -> bool:
         if operation in _overloads(ATTENTION):
-            return CheckpointPolicy.MUST_SAVE
+            return True
         if operation in _overloads(self.kept_products):
-            self.products[context.is_recompute] += 1
+            self.products += 1
             # The result of a block's last product is added to the residual stream, and no backward pass reads it.
-            if self.products[context.is_recompute] != PRODUCTS_IN_A_BLOCK:
-                return CheckpointPolicy.MUST_SAVE
+            return self.products != PRODUCTS_IN_A_BLOCK
         if operation in _overloads(SOFTMAX):
             _warn_once()
-        return CheckpointPolicy.PREFER_RECOMPUTE
+        return False
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "NAMES",
+    "alias",
     "backward_keeps_graph",
     "constant_to_compiler",
     "has_onednn",
@@ -36,11 +37,13 @@ FORWARD_MODE_LEVEL = "torch.autograd.forward_ad._current_level"
 DISPATCH_MODES = "torch._C._len_torch_dispatch_stack"
 # Without it, every backward pass is taken to keep its graph.
 KEEPS_GRAPH = "torch._C._autograd._get_current_graph_task_keep_graph"
+# Without it, an alias that is made below autograd does not know of changes in place.
+EXCLUDE_KEY = "torch._C._SetExcludeDispatchKeyGuard"
 # Without either, oneDNN makes no product.
 LINEAR = "torch.ops.mkldnn._linear_pointwise"
 WEIGHT_GRADIENT = "torch.ops.aten.mkldnn_linear_backward_weights"
 
-NAMES = (FUNCTION_TRANSFORMS, FORWARD_MODE_LEVEL, DISPATCH_MODES, KEEPS_GRAPH, LINEAR, WEIGHT_GRADIENT)
+NAMES = (FUNCTION_TRANSFORMS, FORWARD_MODE_LEVEL, DISPATCH_MODES, KEEPS_GRAPH, EXCLUDE_KEY, LINEAR, WEIGHT_GRADIENT)
 """All of them but the mark of `constant_to_compiler`, without which a compiler breaks its graph."""
 
 
@@ -93,6 +96,15 @@ def backward_keeps_graph() -> bool:
     """Whether the backward pass under way may be repeated, so that what it reads must stay as it is."""
     keeps = found(KEEPS_GRAPH)
     return keeps is None or bool(keeps())
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """The tensor without its history; made in a dispatch mode too it shares the counter of changes in place."""
+    exclude = found(EXCLUDE_KEY)
+    if exclude is None:
+        return tensor.detach()
+    with exclude(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
 
 
 def has_onednn() -> bool:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"torch_private"},
     {"config", "command_line", "device", "extras", "files", "machine", "progress"},
-    {"hub", "ops", "tokenizer"},
+    {"hub", "ops", "tokenizer", "checkpoint"},
     {"recompute", "loss", "inputs", "tokenizer_files", "run_folder"},
     {"data", "model"},
     {"weights", "generate", "memory"},

@@ -1,8 +1,8 @@
 """Tokens to batches. Knows nothing of the model.
 
 A corpus is a list of documents; `<|endoftext|>` follows each. Batches are drawn without replacement, epoch by epoch,
-from places and in an order that the seed and the epoch decide, so that the position of a run in its data is two integers,
-epoch and window, and a resumed run continues with the very next batch.
+from places and in an order that the seed and the epoch decide, so that the position of a run in its data is two
+integers, epoch and window, and a resumed run continues with the very next batch.
 """
 
 from __future__ import annotations

@@ -74,17 +74,18 @@ def test_transformers_learns_the_same_from_the_same_weights(
     pytest.importorskip("matplotlib")
     if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("this PyTorch has no Muon")
-    settings = {"init": str(inputs / "init"), "length": 16, "batch": 4, "lr": (1e-3,), "optimizer": (optimizer,)}
+    settings = {"init": str(inputs / "init"), "length": 16, "batch": 4, "lr": (1e-2,), "optimizer": (optimizer,)}
     ours, theirs = bench_learning(
         inputs / "tokens", steps=12, eval_every=4, compare="hf", out=tmp_path / "pictures", **settings
     )
     assert (ours.setting.library, theirs.setting.library) == ("minigpt2", "transformers")
     assert ours.setting._replace(library="transformers") == theirs.setting
     assert len(ours.loss) == len(theirs.loss) == 12
-    assert ours.loss[-1] < ours.loss[0]
+    assert sum(ours.loss[-4:]) < sum(ours.loss[:4])
     assert ours.loss != theirs.loss
-    torch.testing.assert_close(torch.tensor(ours.loss), torch.tensor(theirs.loss), rtol=0, atol=2e-4)
-    assert ours.validation == pytest.approx(theirs.validation, abs=2e-4)
+    close = 2e-3 if optimizer == "muon" else 2e-4  # Muon multiplies in bfloat16
+    torch.testing.assert_close(torch.tensor(ours.loss), torch.tensor(theirs.loss), rtol=0, atol=close)
+    assert ours.validation == pytest.approx(theirs.validation, abs=close)
     assert "its loss differs from minigpt2's by at most" in capsys.readouterr().out
     for over in ("steps", "seconds"):
         assert (tmp_path / f"pictures-{over}.png").read_bytes().startswith(b"\x89PNG")
