@@ -17,7 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -53,10 +53,8 @@ class _Slot:
     """The place of one saved tensor. It lives as long as the node of the graph that will read it."""
 
     def __init__(self, frame: _Frame, tensor: Tensor) -> None:
-        self.frame, self.kind, self.tensor = frame, _kind(tensor), None
-
-    frame: _Frame
-    tensor: Tensor | None
+        self.frame, self.kind = frame, _kind(tensor)
+        self.tensor: Tensor | None = None
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
@@ -89,9 +87,7 @@ class _Frame:
         if slot.tensor is None:
             self._fill()
         tensor, slot.tensor = slot.tensor, None
-        if tensor is None:
-            raise RuntimeError("a recomputed function saved fewer tensors for its backward pass than in its first run")
-        return tensor
+        return cast("Tensor", tensor)
 
     def _fill(self) -> None:
         """Run the function again, and put what it saves into the slots that are still to be read."""
@@ -119,6 +115,9 @@ class _Frame:
             except _Stop as stop:
                 if stop.frame is not self:
                     raise
+        if left:
+            saved = len(self.slots)
+            raise RuntimeError(f"a recomputed function saved {saved - left} tensors where it had saved {saved}")
 
 
 class _Stop(Exception):
