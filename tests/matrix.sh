@@ -32,7 +32,10 @@ failed=0
 printf '| Python | %-15s | %-15s | %-15s | %-15s | %-15s | %-15s | %-15s | %-15s | pytest |\n' \
     torch transformers numpy safetensors tiktoken tyro huggingface_hub tqdm
 for python in $pythons; do
-    interpreter=$(command -v "python$python" || compgen -G "$HOME/.pyenv/versions/$python.*/bin/python" | head -1)
+    interpreter=
+    for candidate in "python$python" "$HOME/.pyenv/versions/$python."*/bin/python; do
+        if "$candidate" -c "" 2>/dev/null; then interpreter=$candidate; break; fi # a shim of pyenv's may fail
+    done
     [[ -n $interpreter ]] || { echo "| $python | is not on this machine |"; continue; }
     for version in $versions; do
         environment=$folder/$python-$version log=$folder/log

@@ -228,7 +228,7 @@ def packed_sizes(qkv: Tensor, n_head: int) -> tuple[int, int, int, int]:
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
     """The factor of the scores, 1 / sqrt(D) for None; ValueError for one that is not positive and finite."""
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = 1 / math.sqrt(head_dim or 1) if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"the scale of attention must be positive and finite, got {scale}")
     return scale

@@ -193,3 +193,11 @@ def test_one_query_with_gradients_takes_another_path():
         torch.testing.assert_close(masked_attention(q, k, v, None), y)
     with pytest.raises(RuntimeError, match="no gradient"):
         decode(q, k, v)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+def test_heads_of_no_numbers(backend):
+    """As PyTorch's own: scores of nothing are 0, and not a division by it."""
+    assert attention(torch.zeros(2, 5, 0), 2, backend=backend).shape == (2, 5, 0)
+    q, keys = torch.zeros(2, 2, 1, 0), torch.zeros(2, 2, 3, 0)
+    assert masked_attention(q, keys, keys, None, backend=backend).shape == (2, 1, 0)
