@@ -71,7 +71,7 @@ class _Frame:
         # The inputs are saved as an operation saves them: a checkpoint around this one drops them.
         self.places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         tensors = [args[i] for i in self.places]
-        self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
+        self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
         self.others = [None if isinstance(a, Tensor) else a for a in args]
         self.surroundings = _Surroundings.of(tensors[0].device)
         self.slots: list[weakref.ref[_Slot]] = []
@@ -92,7 +92,7 @@ class _Frame:
     def _fill(self) -> None:
         """Run the function again, and put what it saves into the slots that are still to be read."""
         args = list(self.others)
-        for i, tensor in zip(self.places, self.inputs.saved_tensors, strict=True):
+        for i, tensor in zip(self.places, self.inputs.grad_fn.saved_tensors, strict=True):
             args[i] = tensor.detach().requires_grad_(tensor.requires_grad)
         remaining = iter(self.slots)
         left = len(self.slots)
