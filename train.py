@@ -1,6 +1,6 @@
 """Train a GPT-2, or fine-tune one.
 
-`python train.py` (`minigpt2 train` where minigpt2 is installed) trains a small model for about two minutes on 2 cores,
+`python train.py` (`minigpt2 train` where minigpt2 is installed) trains a small model for a few minutes on 2 cores,
 on the sources of Python's standard library; with `--help` it lists the settings.
 
 A run folder holds the settings (train_config.json), the metrics of every step (metrics.jsonl, loss.png), snapshots of

@@ -8,7 +8,7 @@ rematerialisation as Chen et al. had it (2016, "Training Deep Nets with Sublinea
 `Kept` lets a checkpoint keep the results of some operations, which then run once: dearer in memory, cheaper in time.
 
 PyTorch's torch.utils.checkpoint does both, and is what torch.compile understands; but it imports PyTorch's compiler,
-which takes 96 to 168 MiB of a training process and a second (`minigpt2/memory.py` has the figures). That would be most
+which takes 72 to 144 MiB of a training process and a second (`minigpt2/memory.py` has the figures). That would be most
 of what the last notches of the dial save.
 """
 
@@ -68,7 +68,8 @@ class _Frame:
         self, function: Callable[..., Tensor], args: tuple[Any, ...], second: AbstractContextManager[Any], stop: bool
     ) -> None:
         self.function, self.second, self.early_stop = function, second, stop
-        # The inputs are saved as an operation saves them: a checkpoint around this one drops them.
+        # A node of the graph that is there to hold the inputs, as an operation holds what it saves: so a checkpoint
+        # around this one drops them, and makes them again when they are read back by `saved_tensors`.
         self.places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         tensors = [args[i] for i in self.places]
         self.inputs: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]

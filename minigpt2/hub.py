@@ -129,7 +129,7 @@ def fetch(repository: str, revision: str | None = None, folder: Path | None = No
     except (ConfigError, WeightsError):
         raise
     except Exception as error:  # the hub's own, its HTTP client's and the system's: all of them mean "not fetched"
-        raise NotFetched(f"could not be fetched from {wanted}: {_reason(error, repository)}") from error
+        raise NotFetched(f"could not be fetched from {wanted}: {_reason(error, repository)}") from None
     return config.parent
 
 

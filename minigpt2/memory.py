@@ -61,8 +61,8 @@ RANDOM_STATE_BYTES = 5056
 # What PyTorch gives cuBLAS to work in: 32 MiB on Hopper, 8 MiB before it.
 WORKSPACE_BYTES = 32 * 2**20
 
-# Blocks of unlike sizes leave holes between them, also in the arena of tune_allocator: the peaks of processes were 2 to
-# 7% above the bytes of their tensors, the most where most is recomputed (minigpt2 bench memory).
+# Allocations of unlike sizes leave holes between them, also in the arena of tune_allocator: the peaks of processes were
+# 2 to 7% above the bytes of their tensors, the most where most is recomputed (minigpt2 bench memory).
 PACKING = 1.045
 
 # What "auto" leaves of the memory that is free, since a prediction may be so much too low.

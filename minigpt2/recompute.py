@@ -7,7 +7,7 @@ buy nothing. Hence exactly L - k blocks run twice, and every k from 1 (least mem
 
 What else is kept is a second dial, `recompute`:
 
-- `"block"`: nothing. The least memory.
+- `"block"`: nothing.
 - `"keep-attention"`: the results of attention, so that it never runs twice; nor does the last product of a segment,
   whose result the backward pass does not read.
 - `"pointwise"`: in every block, recomputed by `checkpoint_every` or not, the results of attention and of the products,
@@ -172,8 +172,14 @@ def _pointwise(block: Callable[..., Tensor], recomputed: bool) -> Callable[..., 
 
 
 class _KeepLater:
-    """`_keep_products` for a block inside a segment that is recomputed: nothing is kept in the first run of the
-    segment, but in its second, which the backward pass begins and the recomputation of the block follows."""
+    """`_keep_products` for a block inside a segment that is recomputed. The block runs three times:
+
+    1. in the forward pass, with its segment: nothing is kept.
+    2. when the backward pass reaches the segment, which runs again: the results of the products are kept.
+    3. when the backward pass reaches the block: what is cheap runs again, and finds those results.
+
+    The contexts of run 2 are made in run 2, and its second one is that of run 3, which belongs to run 1.
+    """
 
     def __init__(self) -> None:
         self.first_run = True

@@ -13,16 +13,24 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 from minigpt2 import GPT2, GPT2Config
 from minigpt2.files import sha256_of
+from minigpt2.training.parallel import fsdp_unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 97
 
 # What a run writes that must not depend on its interruptions; the rest are times and memory.
 EXACT = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss", "val_loss_before", "skipped")
+
+
+def needs_fsdp() -> None:
+    """Skip the test where FSDP2 cannot run."""
+    if (reason := fsdp_unavailable(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
 
 
 def make_inputs(folder: Path, n_tokens: int = 40_000) -> list[str]:

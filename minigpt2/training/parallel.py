@@ -26,7 +26,7 @@ from minigpt2.device import pick_device
 from minigpt2.model import GPT2
 from minigpt2.ops import kernel
 
-__all__ = ["LossSum", "Processes", "compiled", "distribute", "started", "unsynchronised"]
+__all__ = ["LossSum", "Processes", "compiled", "distribute", "fsdp_unavailable", "started", "unsynchronised"]
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,22 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
+def fsdp_unavailable(device: torch.device) -> str | None:
+    """Why FSDP2 cannot run on a device here, or None if it can."""
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        return f"--parallel fsdp on a CPU needs a newer torch than {torch.__version__}; ddp does not"
+    return None
+
+
 def distribute(
     model: GPT2, mode: Literal["ddp", "fsdp"] | None, processes: Processes, *, compile: bool = False
 ) -> nn.Module:
     """A LossSum of the model whose gradients are the mean over processes. `model`, which must be the same everywhere,
     keeps its names; with fsdp its parameters become shards (DTensors), a group for each block. Raises ValueError where
-    `compile` cannot work: with fsdp, whose hooks at each block do not fit into one graph, and without a C++
-    compiler."""
+    fsdp cannot work; and where `compile` cannot: with fsdp, whose hooks at each block do not fit into one graph, and
+    without a C++ compiler."""
+    if mode == "fsdp" and (reason := fsdp_unavailable(processes.device)):
+        raise ValueError(reason)
     if compile and mode == "fsdp":
         raise ValueError("--compile cannot be combined with --parallel fsdp")
     if compile and processes.device.type == "cpu" and (reason := kernel.unavailable()):

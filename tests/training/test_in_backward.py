@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import arguments, curve, launch, outcome, run_here
+from tiny_runs import arguments, curve, launch, needs_fsdp, outcome, run_here
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -202,6 +202,7 @@ def test_moments_in_less_are_refused_with_muon(run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
 def test_two_processes_with_fsdp(inputs: list[str], tmp_path: Path, moments: str) -> None:
+    needs_fsdp()
     run_here(*inputs, *arguments(RUN | {"clip": 0, "moments": moments}), "--out", str(tmp_path / "single"))
     ordinary = tmp_path / "single"
     settings = RUN | {"clip": 0, "parallel": "fsdp", "moments": moments}

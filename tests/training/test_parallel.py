@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import arguments, command, curve, environment, launch, run_here
+from tiny_runs import arguments, command, curve, environment, launch, needs_fsdp, run_here
 
 from minigpt2.training.snapshot import newest
 
@@ -46,6 +46,7 @@ def check_alike(out: Path, single: Path) -> None:
 @pytest.fixture(scope="module")
 def sharded(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two processes with FSDP2 and recomputation."""
+    needs_fsdp()
     out = tmp_path_factory.mktemp("sharded") / "run"
     settings = arguments(SETTINGS | {"parallel": "fsdp", "checkpoint_every": 1})
     assert "cpu x 2 (fsdp)" in launch(*inputs, *settings, "--out", str(out), processes=2)

@@ -1,9 +1,8 @@
-import importlib.util
 import math
 
 import pytest
 import torch
-from implementations import IMPLEMENTATIONS, Operation, operation, repair_bfloat16
+from implementations import IMPLEMENTATIONS, Operation, no_interpreter, operation, repair_bfloat16
 from torch import Tensor
 
 from minigpt2.ops.attention.eager import split_heads
@@ -12,7 +11,7 @@ from minigpt2.ops.attention.eager import split_heads
 @pytest.fixture(scope="session", autouse=True)
 def bfloat16_in_the_interpreter():
     with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("triton"):
+        if no_interpreter() is None:
             repair_bfloat16(patch)
         yield
 

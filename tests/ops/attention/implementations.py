@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from minigpt2.ops.attention.fused import TRITON
 
 IMPLEMENTATIONS = ["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.cuda)]
 DTYPES = {"cpu": [torch.float32, torch.bfloat16, torch.float64]}
@@ -77,10 +81,21 @@ class InterpretedFunction(torch.autograd.Function):
         return gpu.backward(rows(grad_out), rows(qkv), out, lse, ctx.n_head, ctx.p, seed), None, None, None
 
 
+def no_interpreter() -> str | None:
+    """Why Triton's interpreter cannot run the kernels, or None if it can."""
+    if not importlib.util.find_spec("triton"):
+        return "Triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < TRITON:
+        return f"the kernels need Triton {TRITON[0]}.{TRITON[1]}, and this is {version}"
+    return None
+
+
 def operation(name: str) -> Operation:
     """The implementation of that name; skips the test where it cannot run."""
     if name == "interpreter":
-        pytest.importorskip("triton", reason="Triton is not installed")
+        if (reason := no_interpreter()) is not None:
+            pytest.skip(reason)
         if os.environ["TRITON_INTERPRET"] != "1":
             pytest.skip("the GPU takes the interpreter's place")
     return {"cpu": Operation, "cuda": OnCuda, "interpreter": Interpreted}[name]()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from implementations import SEED, operation
+from implementations import SEED, no_interpreter, operation
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +27,8 @@ def relative_error(x, reference):
 
 
 def every_choice_of_tiles():
-    pytest.importorskip("triton")
+    if (reason := no_interpreter()) is not None:
+        pytest.skip(reason)
     from minigpt2.ops.attention import gpu
 
     for (kernel, itemsize, width), choices in gpu.TILES.items():
@@ -102,7 +103,8 @@ def test_bfloat16_is_rounded_in_the_interpreter_as_torch_does(interpreted):
 
 
 def test_float32_takes_tf32_where_torch_may():
-    pytest.importorskip("triton")
+    if (reason := no_interpreter()) is not None:
+        pytest.skip(reason)
     from minigpt2.ops.attention import gpu
 
     before = torch.get_float32_matmul_precision()
@@ -156,7 +158,8 @@ print(judges())
 
 def test_compiling_ahead_of_time_reports_what_takes_too_much(tmp_path):
     """compile_for_gpus.py, of which CI runs the whole: too much for shared memory, too much for the registers."""
-    pytest.importorskip("triton")
+    if (reason := no_interpreter()) is not None:
+        pytest.skip(reason)
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(ROOT / "tests")])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
     process = subprocess.run(
