@@ -39,7 +39,8 @@ def checkpoint(
 
     args: as the function wants them, a tensor first, on whose device it runs. With `early_stop` the second run ends
     once it has made the last tensor that the backward pass reads. The function must do the same both times, apart from
-    what it draws from PyTorch's random state: RuntimeError in the backward pass where it saves other tensors.
+    what it draws from PyTorch's random state: RuntimeError in the backward pass where it saves tensors of other shapes,
+    dtypes or devices, or more or fewer of them. Other values, as of a weight that was changed in between, go unnoticed.
     """
     if not torch.is_grad_enabled():
         return function(*args)
@@ -149,8 +150,8 @@ class _Surroundings(NamedTuple):
         cache = torch.is_autocast_cache_enabled()
         types = [t for t in {"cpu", device.type} if torch.amp.is_autocast_available(t)]
         casts = [(t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), cache) for t in types]
-        state = _generators(device).get_rng_state(device) if _generators(device) else None
-        return cls(device, torch.get_rng_state(), state, casts)
+        generator = _generator(device)
+        return cls(device, torch.get_rng_state(), generator[0]() if generator else None, casts)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -167,14 +168,18 @@ class _Surroundings(NamedTuple):
 
     def _set_random(self) -> None:
         torch.set_rng_state(self.random)
-        if self.on_device is not None:
-            _generators(self.device).set_rng_state(self.on_device, self.device)
+        if (generator := _generator(self.device)) is not None:
+            generator[1](self.on_device)
 
 
-def _generators(device: torch.device) -> Any:
-    """The module of an accelerator that has a random state for each device, as torch.cuda; None for others."""
-    module = getattr(torch, device.type, None)
-    return module if device.type != "cpu" and hasattr(module, "get_rng_state_all") else None
+def _generator(device: torch.device) -> tuple[Callable[[], Tensor], Callable[[Any], None]] | None:
+    """What gets and what sets the random state of an accelerator; None for a device that has none of its own."""
+    module: Any = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(module, "set_rng_state"):
+        return None
+    if device.type == "mps":  # of which there is one
+        return module.get_rng_state, module.set_rng_state
+    return lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
 
 
 class Kept:
@@ -199,7 +204,10 @@ class Kept:
 
     def _find(self, index: int, operation: Any, args: Any, kwargs: Any) -> Any:
         if (found := self.results[index]) is None:
-            raise RuntimeError("what a checkpoint kept was read before: backward(retain_graph=True) keeps it longer")
+            raise RuntimeError(
+                "what a checkpoint kept was read before: backward(retain_graph=True) keeps it longer. (An autograd "
+                "Function in it may read its saved_tensors once.)"
+            )
         result, version = found
         if _version(result) != version:
             raise RuntimeError(f"what a checkpoint kept of {operation} was changed in place before the backward pass")

@@ -6,13 +6,13 @@ and gradients (Bishop 2006, "Pattern Recognition and Machine Learning", equation
     loss = logsumexp(z) - z[t]        dloss/dz = softmax(z) - onehot(t) =: d        dloss/dh = W^T d
                                                                                      dloss/dW = d h^T
 
-The plain form keeps the logits of all tokens, their log-softmax and their gradient: three tensors of tokens x V, by far
-the largest of a training step. But d needs the logits of its own token only, so a few hundred tokens can be handled at
-a time: their logits become softmax(z), then d, in the same memory, and d goes into the two gradients at once. All of
-this happens in the *forward* pass, while the logits are at hand, and so takes the three matrix products of the plain
-form. The backward pass only multiplies by the gradient that reaches the loss. Liger Kernel (Hsu et al. 2024,
-arXiv:2410.10989) made this form of chunking known; Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) goes
-further.
+The plain form holds, at its worst moment in the backward pass, three tensors of tokens x V, by far the largest of a
+training step: the log-softmax of the logits, its gradient and theirs. But d needs the logits of its own token only, so
+a few hundred tokens can be handled at a time: their logits become softmax(z), then d, in the same memory, and d goes
+into the two gradients at once. All of this happens in the *forward* pass, while the logits are at hand, and so takes
+the three matrix products of the plain form. The backward pass only multiplies by the gradient that reaches the loss.
+Liger Kernel (Hsu et al. 2024, arXiv:2410.10989) made this form of chunking known; Cut Cross-Entropy (Wijmans et al.
+2024, arXiv:2411.09009) goes further.
 
 With reduction="none" each loss receives a gradient of its own, which the forward pass cannot know. The backward pass
 then computes the logits again, chunk by chunk: a fourth product.

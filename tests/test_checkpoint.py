@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt2.checkpoint import Kept, checkpoint
+from minigpt2.checkpoint import Kept, _generator, checkpoint
 
 WEIGHT = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 X = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -210,3 +210,20 @@ print("torch._dynamo" in sys.modules)
 def test_no_notch_imports_pytorch_s_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_the_random_state_of_an_accelerator_is_restored(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """On a module that stands in for it."""
+    states = {"now": torch.tensor([1])}
+    setter = (lambda state: states.update(now=state)) if kind == "mps" else (lambda state, _: states.update(now=state))
+    monkeypatch.setattr(getattr(torch, kind), "get_rng_state", lambda *device: states["now"])
+    monkeypatch.setattr(getattr(torch, kind), "set_rng_state", setter)
+    generator = _generator(torch.device(kind))
+    assert generator is not None
+    before = generator[0]()
+    states["now"] = torch.tensor([2])
+    generator[1](before)
+    assert states["now"] is before
+    assert _generator(torch.device("cpu")) is None
+    assert _generator(torch.device("meta")) is None

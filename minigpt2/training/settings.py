@@ -110,10 +110,11 @@ class TrainConfig(TextOptions):
     checkpoint_every: int = 0
     """Recomputation: 0 is off; k = 1..n_layer keeps one activation every k blocks and recomputes n_layer - k."""
     recompute: str = "block"
-    """What a recomputed block keeps: block, keep-attention or pointwise."""
+    """What is kept beside the input of a segment: block, nothing; keep-attention, what attention gave; pointwise, in
+    every block, recomputed or not, what cost a matrix product or attention, and nothing else."""
     memory_budget: Annotated[str | None, optional("AMOUNT")] = None
-    """Choose the two settings above and, where they are not given, the two below: the fastest within, say, 4GiB of
-    memory (on CUDA, of tensors), with moments in less only where nothing else fits; auto: all that is free to this
+    """Choose --checkpoint-every, --recompute and --optimizer-in-backward: the fastest within, say, 4GiB of memory (on
+    CUDA, of tensors); and with AdamW --moments, in less only where nothing else fits. auto: all that is free to this
     process, its control group's limit included. Default: all are as they are given."""
     optimizer_in_backward: bool = False
     """Move each parameter as soon as the backward pass has its gradient, and drop that: gradients are never all there.

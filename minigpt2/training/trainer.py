@@ -84,7 +84,12 @@ def within_budget(config: TrainConfig, shape: GPT2Config, length: int, device: s
     ways = [way for way in ways if config.moments in (None, way.moments)]
     settings: dict[str, Any] = {name: getattr(config, name) for name in ("accumulate", "precision", "optimizer")}
     found = notches(shape, config.batch, length, ways, device=device, **settings)
-    notch = fastest_that_fits(found, limit, baseline)
+    try:
+        notch = fastest_that_fits(found, limit, baseline)
+    except ValueError as error:
+        if config.optimizer != "muon" or config.moments is not None:
+            raise
+        raise ValueError(f"{error}; --optimizer adamw, whose moments --moments can keep in less, may") from None
     print(f"{notch.dials}:", memory.format_bytes(notch.peak + baseline), "expected of", memory.format_bytes(limit))
     return notch
 

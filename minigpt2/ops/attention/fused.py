@@ -79,7 +79,7 @@ def _refuse_unavailable(device: str, dtype: torch.dtype, head_dim: int) -> None:
 
 
 def fused_attention(qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
-    """Causal multi-head attention. softmax(scale q k^T) v, FlashAttention's algorithm (arXiv:2205.14135).
+    """Causal multi-head attention. softmax(scale q k^T) v, FlashAttention-2's algorithm (arXiv:2307.08691).
 
     qkv: (B, T, 3C), the queries, keys and values side by side, C = n_head * D; float32, bfloat16 (sums in float32), on
     the CPU float64, on CUDA float16 (sums in float32); any strides. On CUDA, products of float32 are float32's, or tf32

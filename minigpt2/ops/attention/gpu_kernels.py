@@ -5,11 +5,12 @@ The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691). For one head, with 
                 m' <- max(m, rowmax S);  P <- exp(S - m');  factor <- exp(m - m')
                 l <- factor l + rowsum P;  O <- factor O + dropout(P) V;  m <- m'
               out = O / l, and lse = m + log l is all that the backward pass needs to rebuild P.
-  delta:      a program has one block of query rows, of which it finds delta <- rowsum(dOut * out)
+  delta:      a program has one block of query rows, of which it finds delta <- rowsum(dOut * out),
+              or, where one tile has the whole row, rowsum(P dP), which is the same
   queries:    a program has one block of query rows; for each tile of keys:
-                P <- exp(S - lse);  dP <- dropout(dOut V^T);  dQ += P (dP - delta) K
+                P <- exp(S - lse);  dP <- dropout(dOut V^T);  dQ += scale P (dP - delta) K
   keys:       a program has one block of keys; for each tile of query rows on or below the diagonal, P and dP as above:
-                dV += dropout(P)^T dOut;  dK += (P (dP - delta))^T Q
+                dV += dropout(P)^T dOut;  dK += scale (P (dP - delta))^T Q
 Every result has one writer, which adds in a fixed order: no atomics, so a run repeats bit for bit as long as the tile
 sizes are the same. m, l and O, S and P are those of steps.py.
 

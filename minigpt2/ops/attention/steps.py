@@ -1,10 +1,11 @@
 """From the definition of attention to the kernel, in steps that each give the numbers of the one before.
 
 One head, causal: q, k, v (T, D), float64 -> out (T, D). Pair (i, j) is query i and key j, and is seen where j <= i. The
-names are those of the FlashAttention papers (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691), of
-csrc/attention.cpp and of gpu_kernels.py:
+names are those of csrc/attention.cpp and of gpu_kernels.py, and of the FlashAttention papers (Dao et al. 2022,
+arXiv:2205.14135; Dao 2023, arXiv:2307.08691) but for lse, which they call L, and delta, their D:
 
-    S, P         scores and probabilities          m, l    of a row: the largest score so far, and the sum of exp(S - m)
+    S, P         scores and probabilities; with a running maximum P is exp(S - m), l times as large
+    m, l         of a row: the largest score so far, and the sum of exp(S - m)
     O            the sum of exp(S - m) v so far    out     O / l when all keys were met
     lse          m + log l                         dX      the gradient of the loss with respect to X
 

@@ -1,13 +1,13 @@
 // Causal multi-head attention on the CPU, forward and backward, without ever holding a T x T matrix.
 //
-// The method is FlashAttention (Dao et al. 2022, arXiv:2205.14135). For one head, with S = scale * Q K^T:
+// The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691; Dao et al. 2022, arXiv:2205.14135). For one head:
 //   forward:   for a block of query rows, for each tile of keys on or below the diagonal:
-//                S <- Q K^T;  m' <- max(m, rowmax S);  P <- exp(S - m');  factor <- exp(m - m')
+//                S <- scale Q K^T;  m' <- max(m, rowmax S);  P <- exp(S - m');  factor <- exp(m - m')
 //                l <- factor l + rowsum P;  O <- factor O + dropout(P) V;  m <- m'
 //              out = O / l, and lse = m + log l is all that the backward pass needs to rebuild P.
 //   backward:  delta <- rowsum(dOut * out)
 //              for a block of keys, for each tile of query rows on or below the diagonal:
-//                P <- exp(Q K^T - lse);  dP <- dropout(dOut V^T);  dS <- P (dP - delta)
+//                P <- exp(S - lse), S as above;  dP <- dropout(dOut V^T);  dS <- P (dP - delta)
 //                dV += dropout(P)^T dOut;  dK += scale dS^T Q;  dQ += scale dS K
 // q, k and v are read where the projection left them, in the packed (B, T, 3C) tensor, and copied tile by tile into
 // small contiguous buffers in the type that is multiplied. Every matrix product is one micro-kernel: a strip of
