@@ -91,7 +91,7 @@ class TrainConfig(TextOptions):
     """Optimizer steps."""
     optimizer: Annotated[Literal["adamw", "muon"] | None, optional("{adamw,muon}")] = None
     """muon is for the blocks' matrices, and leaves the rest to AdamW. Default: muon where PyTorch has it (since 2.9)
-    and the processor or GPU multiplies bfloat16; else, with --init and with fsdp, adamw."""
+    and the processor or GPU multiplies bfloat16; else, with --init, with --moments in less and with fsdp, adamw."""
     lr: Annotated[float | None, optional("FLOAT")] = None
     """Peak learning rate of the blocks' matrices; a cosine brings it down to a tenth. Default: 0.02 for muon; for adamw
     0.192 / width; with --init 5e-3 and 1e-4."""
