@@ -244,6 +244,9 @@ def plan(
     the backward pass.
     $ minigpt2 plan --model gpt2 --batch 4 --budget 4GiB
 
+    The columns of the table: ordinary, the optimizer steps after the backward pass; in backward, inside it; bf16 and
+    8bit, inside it with moments in two bytes or one.
+
     Args:
         model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json.
         batch: Sequences in a batch.

@@ -31,10 +31,10 @@ def none(rows: Tensor, columns: Tensor) -> float:
 
 def definition(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout = none) -> Tensor:
     """Three lines, and three T x T matrices: S, P, and P after dropout."""
-    T = torch.arange(len(q))
-    S = (q @ k.T / math.sqrt(q.size(1))).masked_fill(T[:, None] < T, -math.inf)
+    place = torch.arange(len(q))
+    S = (q @ k.T / math.sqrt(q.size(1))).masked_fill(place[:, None] < place, -math.inf)
     P = S.softmax(1)
-    return (P * dropout(T, T)) @ v
+    return (P * dropout(place, place)) @ v
 
 
 def row_by_row(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout = none) -> tuple[Tensor, Tensor]:
@@ -80,9 +80,9 @@ def in_tiles(
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dropout: Dropout = none) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the definition's three lines, last line first: dq, dk and dv. A row of softmax has the gradient
     dS = P (dP - sum over the row of P dP)."""
-    T, scale = torch.arange(len(q)), 1 / math.sqrt(q.size(1))
-    P = (q @ k.T * scale).masked_fill(T[:, None] < T, -math.inf).softmax(1)
-    Z = dropout(T, T)
+    place, scale = torch.arange(len(q)), 1 / math.sqrt(q.size(1))
+    P = (q @ k.T * scale).masked_fill(place[:, None] < place, -math.inf).softmax(1)
+    Z = dropout(place, place)
     dv = (P * Z).T @ dout
     dP = dout @ v.T * Z
     dS = P * (dP - (P * dP).sum(1, keepdim=True))
