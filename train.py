@@ -175,7 +175,7 @@ def finish(trainer: Trainer, record: folder.Record, out: Path) -> None:
     print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
     print(*filter(None, (enough_steps(out), plot_losses(out))), sep="\n")
     if trainer.tokenizer is not None:
-        print("a sample of its text:\n" + sample_text(model.eval(), trainer.tokenizer, 120, trainer.config.seed))
+        print("a sample of its text:\n" + sample_text(model.eval(), trainer.tokenizer, 200, trainer.config.seed))
 
 
 def first_words(tokens: Tokens, tokenizer: Tokenizer, most: int = 3) -> str:

@@ -88,7 +88,7 @@ def linear_cross_entropy(
         raise ValueError(f"hidden, weight and targets must be on one device, not on {devices}")
     targets = targets.long()
     vocab, dtype, device = weight.shape[0], hidden.dtype, hidden.device.type
-    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and not hidden.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weight.dtype:
         raise TypeError(f"hidden is {dtype} but weight is {weight.dtype}")

@@ -41,7 +41,10 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def reference_of(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
+    """In eager attention, as the default, sdpa, ignores the scale of the scores in transformers 4 and 5.0; without
+    reorder_and_upcast_attn, by which eager computes scores in float32 whatever the dtype."""
+    settings = {"attn_implementation": "eager", "reorder_and_upcast_attn": False}
+    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, **settings).eval()
 
 
 def ids(length: int) -> Tensor:
