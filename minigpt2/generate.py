@@ -315,8 +315,8 @@ def stream_text(
 
 
 def sample_text(model: GPT2, tokenizer: Tokenizer, n: int, seed: int) -> str:
-    """Up to n tokens as text, as many as the context has room for: a document that begins, and those that follow. Sampled
-    from the 20 likeliest as they are, since a lower temperature keeps a model of few steps in a run of spaces."""
+    """Up to n tokens as text, as many as the context has room for: a document that begins, and those that follow.
+    Sampled from the 20 likeliest; a temperature below 1 would keep a model of few steps in a run of spaces."""
     start = torch.tensor([[tokenizer.separator]], device=model.wte.weight.device)
     generator = torch.Generator(start.device).manual_seed(seed)
     n = min(n, model.config.n_positions - 1)

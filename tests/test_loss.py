@@ -322,7 +322,7 @@ def test_operator_registration(reduction: str) -> None:
     torch.library.opcheck(_chunked, (hidden, weight, targets, None, -100, 5, torch.float64, total, total, total))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(backend: str) -> None:
     data = inputs(N, dtype=torch.float32)
     for reduction in REDUCTIONS if backend == "aot_eager" else ["mean"]:

@@ -405,6 +405,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_less_is_kept_with_a_smaller_k() -> None:
     # A fixed threshold makes glibc return what is freed to the system at once, so that the peak is what was in use.

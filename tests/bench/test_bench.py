@@ -87,6 +87,7 @@ def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline_seconds(GPT2Config().replace(**TINY), 1, 16) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
 def test_bench_step_of_muon_runs_adamw_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
     found = bench_step(config=TINY, batch=1, length=16, steps=2, optimizer="muon")

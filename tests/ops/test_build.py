@@ -73,6 +73,7 @@ def test_it_is_compiled_once_and_again_when_the_source_changes(csrc: Path, tmp_p
     assert not list(tmp_path.rglob("unfinished*"))
 
 
+@pytest.mark.slow
 def test_two_processes_compile_it_once(csrc: Path, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path

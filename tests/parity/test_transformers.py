@@ -49,7 +49,9 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-5), pytest.param(torch.float64, 1e-12, marks=pytest.mark.slow)]
+)
 def test_logits(checkpoint: Path, dtype: torch.dtype, bound: float) -> None:
     tokens = ids(2, 96)
     reference = load_reference(checkpoint, dtype)(tokens).logits
@@ -99,6 +101,7 @@ def test_a_left_padded_batch_gives_each_row_what_it_gets_alone(checkpoint: Path)
             assert relative(logits[row, pad:], alone[row]) < 2e-5, (backend, row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["one prompt", "left-padded batch"])
 def test_greedy_generation_over_200_tokens(checkpoint: Path, padded: bool) -> None:
     n = 200

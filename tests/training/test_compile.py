@@ -56,7 +56,7 @@ def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
         assert (got - want).norm() <= 2e-6 * want.norm()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize("recompute", ["block", "keep-attention", "pointwise"])
 @pytest.mark.parametrize("checkpoint_every", [0, 1, 2])
 def test_one_graph_with_the_same_numbers(checkpoint_every: int, recompute: str, dropout: float) -> None:
@@ -123,13 +123,8 @@ def cxx() -> None:
 
 
 @pytest.mark.usefixtures("cxx")
-@pytest.mark.parametrize(
-    ("checkpoint_every", "recompute"),
-    [
-        (1, "block"),
-        *(pytest.param(*dials, marks=pytest.mark.slow) for dials in ((2, "keep-attention"), (1, "pointwise"))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpoint_every", "recompute"), [(1, "block"), (2, "keep-attention"), (1, "pointwise")])
 def test_inductor(checkpoint_every: int, recompute: str) -> None:
     """The real thing; dropout has the masks of the model that is not compiled, whatever order Inductor takes, and the
     names are what they were. Evaluation is left alone."""
@@ -172,6 +167,7 @@ def crash(trainer: object) -> None:
     raise Crash
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_bit_for_bit(run, at_step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "compiled", traced)
     run(tmp_path / "whole", compile=True)
@@ -194,6 +190,7 @@ def test_a_number_that_is_not_finite_is_traced_to_its_module(run, at_step, tmp_p
     assert "h.1.mlp.c_fc is the first that is not finite" in run(tmp_path, compile=True, status=1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cxx")
 def test_two_processes(inputs: list[str], run, tmp_path: Path) -> None:
     changes = {"dropout": 0.0, "max_steps": 3}

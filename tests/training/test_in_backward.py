@@ -200,6 +200,7 @@ def test_moments_in_less_are_refused_with_muon(run, tmp_path: Path) -> None:
     assert "--moments 8bit is for --optimizer adamw" in run(tmp_path, moments="8bit", optimizer="muon", status=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
 def test_two_processes_with_fsdp(inputs: list[str], tmp_path: Path, moments: str) -> None:
     needs_fsdp()
@@ -231,6 +232,7 @@ def test_what_it_refuses(run, tmp_path: Path, settings: dict[str, object], named
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_it_refuses_ddp(inputs: list[str], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="cannot be combined with --parallel ddp"):
         launch(*inputs, *arguments(RUN), "--out", str(tmp_path / "run"), processes=2)

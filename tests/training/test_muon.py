@@ -80,6 +80,7 @@ def test_accumulation_gives_the_step_of_one_large_batch(run, inputs: list[str], 
     check_alike(tmp_path / "four", tmp_path / "one", inputs)
 
 
+@pytest.mark.slow
 def test_ddp_equals_one_process(run, inputs: list[str], tmp_path: Path) -> None:
     settings = MUON | {"accumulate": 2}
     printed = launch(*inputs, *arguments(settings), "--out", str(tmp_path / "two"), processes=2)
@@ -88,6 +89,7 @@ def test_ddp_equals_one_process(run, inputs: list[str], tmp_path: Path) -> None:
     check_alike(tmp_path / "two", tmp_path / "one", inputs)
 
 
+@pytest.mark.slow
 def test_fsdp_is_refused_by_name(inputs: list[str], tmp_path: Path) -> None:
     settings = [*inputs, *arguments(MUON | {"parallel": "fsdp", "out": tmp_path / "run"})]
     done = subprocess.run(command(*settings, processes=1), env=environment(), capture_output=True, text=True)

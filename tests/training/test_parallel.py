@@ -77,6 +77,7 @@ def test_a_snapshot_of_two_processes_resumes_on_one(run, sharded: Path, single: 
     check_alike(out, single)
 
 
+@pytest.mark.slow
 def test_a_snapshot_of_one_process_resumes_on_two(single: Path, tmp_path: Path) -> None:
     out = rewound(single, tmp_path / "run")
     assert "step-00000010" in launch("--out", str(out), "--resume", "--parallel", "fsdp", processes=2)
@@ -122,6 +123,7 @@ def endless(inputs: list[str], tmp_path: Path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks for processes in /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_dies_ends_the_run(endless: subprocess.Popen[bytes], rank: str) -> None:
     ranks = workers(endless)

@@ -142,7 +142,7 @@ def reference(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> li
     return curve(out)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_follows_float32(run, reference, tmp_path: Path, precision: str) -> None:
     run(tmp_path, precision=precision, **LEARNING)
     half = curve(tmp_path)

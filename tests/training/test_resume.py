@@ -86,9 +86,10 @@ def test_a_signal_finishes_the_step(run, whole, at_step, tmp_path: Path, number:
 
 def test_sigkill(inputs: list[str], tmp_path: Path) -> None:
     settings = [*inputs, *arguments(SETTINGS | {"snapshot_every": 1, "max_steps": 40})]
-    kill_and_resume(settings, tmp_path, kills=2, seed=3)
+    kill_and_resume(settings, tmp_path, kills=1, seed=3)
 
 
+@pytest.mark.slow
 def test_sigkill_from_the_first_instant_on(tmp_path: Path) -> None:
     kill_at_every_instant(text_settings(tmp_path, steps=4), tmp_path, kills=3)
 

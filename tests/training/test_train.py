@@ -130,6 +130,7 @@ def test_a_memory_budget_chooses_the_fastest_notch_that_fits(fresh, tmp_path: Pa
     assert choice(optimizer_in_backward=True)[1].optimizer_in_backward
 
 
+@pytest.mark.slow
 def test_nothing_needs_a_module_that_only_unix_has(text: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules.update(resource=None, fcntl=None); import train; sys.exit(train.main())"
     settings = arguments(TINY | {"data": text, "out": tmp_path / "out", "max_steps": 1})

@@ -31,7 +31,7 @@ print((peak() - before) / own)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux reports it")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_memory_beyond_inputs_and_outputs(dtype):
     """67 MB of tensors (33 in bfloat16) at T = 16384: one row of probabilities a thread would show."""
     command = [sys.executable, "-c", MEMORY.format(T=16384, dtype=dtype)]

@@ -57,7 +57,7 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("p", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_compile_without_a_graph_break(p):
     layer, x = Layer(p=p), torch.randn(2, 30, 128)
     compiled = torch.compile(layer, fullgraph=True)

@@ -36,6 +36,7 @@ def every_choice_of_tiles():
             yield kernel, torch.float32 if itemsize == 4 else torch.bfloat16, width, tiles
 
 
+@pytest.mark.slow
 def test_every_choice_of_tiles_gives_the_same_result(interpreted):
     """Up to rounding; and the mask of dropout is the same in all, or results would have nothing in common."""
     from minigpt2.ops.attention import gpu
@@ -156,6 +157,7 @@ print(judges())
 """
 
 
+@pytest.mark.slow
 def test_compiling_ahead_of_time_reports_what_takes_too_much(tmp_path):
     """compile_for_gpus.py, of which CI runs the whole: too much for shared memory, too much for the registers."""
     if (reason := no_interpreter()) is not None:
