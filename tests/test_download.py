@@ -239,6 +239,7 @@ def test_from_pretrained_fetches_into_the_shared_cache(drive, hub, tmp_path):
     assert drive(statement, HF_HUB_OFFLINE="1").stdout == "64\n"
 
 
+@pytest.mark.slow
 def test_from_pretrained_refuses_a_wrong_digest_and_fetches_anew(drive, hub, tmp_path):
     good = hub.files["model.safetensors"]
     hub.files["model.safetensors"] = spoiled(good)

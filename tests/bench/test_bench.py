@@ -112,6 +112,7 @@ def test_bench_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(rate > 0 for rate in memory_rates(2**16))
 
 
+@pytest.mark.slow
 def test_bench_loss(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # The arena would stay in this process, and tests of memory could not see what it holds.
     monkeypatch.setattr("minigpt2.bench.loss.tune_allocator", lambda: "as it was")

@@ -198,6 +198,7 @@ def test_the_standard_library_is_there_without_its_tests() -> None:
     assert next(read_documents(None)) == (sources.root_of(None) / names[0]).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare.prepare(corpus, tmp_path / "a", progress=False)
     started = []

@@ -66,6 +66,7 @@ print(float(shared.sum()), float(z))
     assert run(code) == "1048576.0 10.0"
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_bit() -> None:
     code = """
 from minigpt2 import GPT2, GPT2Config

@@ -136,6 +136,7 @@ def test_a_fault_is_named_by_its_module(hf_tiny: Path, change: Callable[[GPT2], 
     assert found.verdict.startswith(f"FAIL: {part} is the first that differs: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_fault_is_named_in_other_dtypes(hf_tiny: Path, dtype: torch.dtype) -> None:
     for change, part in (

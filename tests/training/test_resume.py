@@ -84,9 +84,10 @@ def test_a_signal_finishes_the_step(run, whole, at_step, tmp_path: Path, number:
     assert outcome(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_sigkill(inputs: list[str], tmp_path: Path) -> None:
     settings = [*inputs, *arguments(SETTINGS | {"snapshot_every": 1, "max_steps": 40})]
-    kill_and_resume(settings, tmp_path, kills=1, seed=3)
+    kill_and_resume(settings, tmp_path, kills=2, seed=3)
 
 
 @pytest.mark.slow

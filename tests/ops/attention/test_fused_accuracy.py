@@ -34,7 +34,7 @@ def grid():
             if fewer:
                 cases.append(pytest.param(name, B, T, H, D, dtype, p, marks=rest))
             if fewer < H:
-                quick = T < 100 and (p > 0 or T == 65)
+                quick = (T in (17, 64, 70) and p > 0) or T == 65
                 cases.append(pytest.param(name, B, T, H - fewer, D, dtype, p, marks=[] if quick else slow))
     return cases
 

@@ -31,7 +31,7 @@ def test_the_kernel_applies_the_documented_mask(op, seed, p):
     assert torch.equal(kept, dropout_mask(seed, B, H, T, p).tril())
 
 
-@pytest.mark.parametrize(("seed", "p"), [(SEEDS[-2], 0.1), (SEEDS[-1], 0.5)])
+@pytest.mark.parametrize(("op", "seed", "p"), for_each(MASKS[-3:-1], MASKS[-2:-1]), indirect=["op"])
 def test_the_backward_pass_applies_the_same_mask_to_all_three_gradients(op, seed, p):
     """With q, k and the gradient the identity and v = 1, each of dq, dk and dv is a matrix with an entry for each pair:
     dv is the dropped probabilities, and dq and dk are above 0 for what is kept, below for what is dropped."""
