@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minigpt2 import __version__
-from minigpt2.command_line import deferred, one_line_warnings, optional, parsed, reader_left, replace_unprintable
+from minigpt2.command_line import (
+    ATTENTIONS,
+    deferred,
+    one_line_warnings,
+    optional,
+    parsed,
+    reader_left,
+    replace_unprintable,
+)
 from minigpt2.data.documents import TextOptions
 
 if TYPE_CHECKING:
@@ -42,7 +50,7 @@ def generate(
     top_k: Annotated[int | None, optional("INT")] = None,
     top_p: Annotated[float | None, optional("FLOAT")] = None,
     seed: Annotated[int | None, optional("INT")] = None,
-    attention: str = "auto",
+    attention: Annotated[str, ATTENTIONS] = "auto",
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
@@ -92,7 +100,7 @@ def evaluate(
     stride: Annotated[int | None, optional("INT")] = None,
     length: Annotated[int | None, optional("INT")] = None,
     batch: int = 8,
-    attention: str = "auto",
+    attention: Annotated[str, ATTENTIONS] = "auto",
     device: str = "auto",
     json: bool = False,
     text: Text = TextOptions(),  # noqa: B008 (frozen)
@@ -152,7 +160,7 @@ def _load(model: str, attention: str, device: str, dtype: str = "float32") -> tu
 def parity(
     model: Annotated[str, tyro.conf.Positional],
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
-    attention: str = "auto",
+    attention: Annotated[str, ATTENTIONS] = "auto",
     data: Annotated[str | None, optional("PATH")] = None,
     length: int = 256,
     json: bool = False,

@@ -16,7 +16,17 @@ from typing import Any, TypeVar
 
 import tyro
 
-__all__ = ["complain", "deferred", "one_line_warnings", "optional", "parsed", "reader_left", "replace_unprintable"]
+__all__ = [
+    "ATTENTIONS",
+    "RECOMPUTES",
+    "complain",
+    "deferred",
+    "one_line_warnings",
+    "optional",
+    "parsed",
+    "reader_left",
+    "replace_unprintable",
+]
 
 T = TypeVar("T")
 
@@ -24,6 +34,11 @@ T = TypeVar("T")
 def optional(metavar: str) -> object:
     """For `Annotated`: an option that may be left out, whose help says itself what then holds."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+RECOMPUTES = tyro.conf.arg(metavar="{block,keep-attention,pointwise}")
+ATTENTIONS = tyro.conf.arg(metavar="{auto,eager,sdpa,fused}")
+"""For `Annotated`: strings of which the model itself refuses what it does not know."""
 
 
 def parsed(parse: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import train
 from minigpt2 import __main__ as cli
 from minigpt2.generate import generate
 from minigpt2.ops import kernel
+from minigpt2.ops.attention import BACKENDS
 from minigpt2.ops.products import explain_products
+from minigpt2.recompute import RECOMPUTE
 from minigpt2.tokenizer import BYTES, get_tokenizer
 from minigpt2.tokenizer_files import read_tokenizer
 from minigpt2.training.precision import fastest_precision
@@ -300,6 +303,15 @@ def test_help_shows_an_example_and_each_default_once(monkeypatch, capsys, verb):
     described = [line for line in out.splitlines() if line.startswith("│")]
     assert [line for line in described if line.lower().count("default") > 1] == []
     assert "None" not in out
+
+
+def test_the_help_names_every_choice_that_the_model_checks(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")
+    out = in_process(monkeypatch, capsys, "bench", "step", "--help")[1]
+    out += in_process(monkeypatch, capsys, "generate", "--help")[1]
+    for name, choices in (("recompute", RECOMPUTE), ("attention", BACKENDS)):
+        (found,) = re.findall(rf"--{name} {{(.*?)}}", out)
+        assert sorted(found.split(",")) == sorted(choices)
 
 
 def test_a_reader_of_the_help_may_leave_early():

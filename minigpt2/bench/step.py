@@ -14,7 +14,7 @@ import tyro
 
 from minigpt2.bench.header import header
 from minigpt2.bench.worker import Job, Result, measure
-from minigpt2.command_line import optional
+from minigpt2.command_line import RECOMPUTES, optional
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.loss import chunk_shape
 from minigpt2.ops.allocator import tune_allocator
@@ -33,7 +33,7 @@ def bench_step(
     length: int = 1024,
     dropout: float = 0.0,
     checkpoint_every: int = 0,
-    recompute: str = "block",
+    recompute: Annotated[str, RECOMPUTES] = "block",
     steps: int = 7,
     rounds: int = 1,
     compare: Annotated[Literal["hf", "hf-tuned"] | None, optional("{hf,hf-tuned}")] = None,

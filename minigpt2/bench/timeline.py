@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minigpt2.bench.header import header
-from minigpt2.command_line import optional
+from minigpt2.command_line import RECOMPUTES, optional
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.extras import import_extra
 from minigpt2.memory import format_bytes
@@ -65,7 +65,7 @@ def bench_timeline(
     length: int = 1024,
     dropout: float = 0.1,
     every: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (0, 3, 1),
-    recompute: str = "block",
+    recompute: Annotated[str, RECOMPUTES] = "block",
     config: Annotated[dict[str, int] | None, tyro.conf.Suppress] = None,
     out: Annotated[Path | None, optional("FILE")] = None,
 ) -> list[Timeline]:

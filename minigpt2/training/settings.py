@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from minigpt2.command_line import optional
+from minigpt2.command_line import ATTENTIONS, RECOMPUTES, optional
 from minigpt2.data.batches import Corpus
 from minigpt2.data.documents import TextOptions, check_options
 from minigpt2.device import pick_device
@@ -109,7 +109,7 @@ class TrainConfig(TextOptions):
     """Clip the norm of the gradient to this; 0 is off."""
     checkpoint_every: int = 0
     """Recomputation: 0 is off; k = 1..n_layer keeps one activation every k blocks and recomputes n_layer - k."""
-    recompute: str = "block"
+    recompute: Annotated[str, RECOMPUTES] = "block"
     """What is kept beside the input of a segment: block, nothing; keep-attention, what attention gave; pointwise, in
     every block, recomputed or not, what cost a matrix product or attention, and nothing else."""
     memory_budget: Annotated[str | None, optional("AMOUNT")] = None
@@ -121,7 +121,7 @@ class TrainConfig(TextOptions):
     --clip is for each parameter by itself then. Not with --accumulate, --compile, fp16 or ddp."""
     tune_allocator: bool = True
     """Keep and pack the memory of CPU tensors (minigpt2/ops/allocator.py), instead of leaving it to the C library."""
-    attention: str = "auto"
+    attention: Annotated[str, ATTENTIONS] = "auto"
     """Attention backend: auto, eager, sdpa or fused."""
     compile: bool = False
     """Compile the model's part of a training step with torch.compile; not with fsdp."""
