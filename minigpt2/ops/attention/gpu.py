@@ -142,8 +142,8 @@ def _common(qkv: Tensor, n_head: int, dropout_p: float, scale: float | None) -> 
     }
 
 
-def _launch(kernel: str, arguments: dict[str, Any], heads: int, block: str, tiles: Tiles | None) -> None:
-    """Run a kernel with one program for each head and block, of as many rows or keys as `block` says."""
+def _launch(kernel: str, arguments: dict[str, Any], heads: int, band: str, tiles: Tiles | None) -> None:
+    """Run a kernel with one program for each head and band, of as many rows or keys as `band` says."""
     qkv, T = arguments["qkv"], arguments["T"]
     if not heads * T:
         return
@@ -152,7 +152,7 @@ def _launch(kernel: str, arguments: dict[str, Any], heads: int, block: str, tile
         tiles = choices[0]
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (heads * triton.cdiv(T, meta[block]),)
+        return (heads * triton.cdiv(T, meta[band]),)
 
     with torch.cuda.device_of(qkv):
         if tiles is None:

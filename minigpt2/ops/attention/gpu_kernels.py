@@ -1,15 +1,15 @@
 """Causal multi-head attention on the GPU, in Triton: csrc/attention.cpp's operation, with its dropout mask bit for bit.
 
 The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691). For one head, with S = scale * Q K^T:
-  forward:    a program has one block of query rows; for each tile of keys on or below the diagonal:
+  forward:    a program has one band of query rows; for each tile of keys on or below the diagonal:
                 m' <- max(m, rowmax S);  P <- exp(S - m');  factor <- exp(m - m')
                 l <- factor l + rowsum P;  O <- factor O + dropout(P) V;  m <- m'
               out = O / l, and lse = m + log l is all that the backward pass needs to rebuild P.
-  delta:      a program has one block of query rows, of which it finds delta <- rowsum(dOut * out),
+  delta:      a program has one band of query rows, of which it finds delta <- rowsum(dOut * out),
               or, where one tile has the whole row, rowsum(P dP), which is the same
-  queries:    a program has one block of query rows; for each tile of keys:
+  queries:    a program has one band of query rows; for each tile of keys:
                 P <- exp(S - lse);  dP <- dropout(dOut V^T);  dQ += scale P (dP - delta) K
-  keys:       a program has one block of keys; for each tile of query rows on or below the diagonal, P and dP as above:
+  keys:       a program has one band of keys; for each tile of query rows on or below the diagonal, P and dP as above:
                 dV += dropout(P)^T dOut;  dK += scale (P (dP - delta))^T Q
 Every result has one writer, which adds in a fixed order: no atomics, so a run repeats bit for bit as long as the tile
 sizes are the same. m, l and O, S and P are those of steps.py.
@@ -106,7 +106,7 @@ def forward_tiles(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One block of query rows against the keys from begin to end. With EDGE, keys may lie above the diagonal."""
+    """One band of query rows against the keys from begin to end. With EDGE, keys may lie above the diagonal."""
     for first in range(begin, end, KEYS):
         columns = tl.arange(0, KEYS)
         k = load_tile(k_head, stride, first + columns, T, HEAD_DIM, WIDTH)
@@ -132,9 +132,9 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(T, ROWS)
-    head = tl.program_id(0) // blocks
-    first_row = (blocks - 1 - tl.program_id(0) % blocks) * ROWS  # the longest first
+    bands = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // bands
+    first_row = (bands - 1 - tl.program_id(0) % bands) * ROWS  # the longest first
     rows = first_row + tl.arange(0, ROWS)
     q_head = qkv + (head // H).to(tl.int64) * stride_batch + head % H * HEAD_DIM
     k_head, v_head = q_head + H * HEAD_DIM, q_head + 2 * H * HEAD_DIM
@@ -175,9 +175,9 @@ def delta_kernel(
 ):  # fmt: skip
     """delta, for the other two kernels."""
     tl.static_assert(ROWS == KEYS)
-    blocks = tl.cdiv(T, ROWS)
-    head = tl.program_id(0) // blocks
-    first_row = tl.program_id(0) % blocks * ROWS
+    bands = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // bands
+    first_row = tl.program_id(0) % bands * ROWS
     rows = first_row + tl.arange(0, ROWS)
     batch, column = (head // H).to(tl.int64), head % H * HEAD_DIM
     dout = load_tile(grad_out + batch * grad_stride_batch + column, grad_stride_row, rows, T, HEAD_DIM, WIDTH)
@@ -211,7 +211,7 @@ def query_tiles(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one block of query rows from the keys from begin to end."""
+    """The gradient of one band of query rows from the keys from begin to end."""
     for first in range(begin, end, KEYS):
         columns = tl.arange(0, KEYS)
         k = load_tile(k_head, stride, first + columns, T, HEAD_DIM, WIDTH)
@@ -236,9 +236,9 @@ def query_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The part of the gradient that belongs to the queries."""
-    blocks = tl.cdiv(T, ROWS)
-    head = tl.program_id(0) // blocks
-    first_row = (blocks - 1 - tl.program_id(0) % blocks) * ROWS  # the longest first
+    bands = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // bands
+    first_row = (bands - 1 - tl.program_id(0) % bands) * ROWS  # the longest first
     rows = first_row + tl.arange(0, ROWS)
     batch, column = (head // H).to(tl.int64), head % H * HEAD_DIM
     q_head = qkv + batch * stride_batch + column
@@ -272,7 +272,7 @@ def key_tiles(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one block of keys and values from the query rows from begin to end. Scores lie transposed."""
+    """The gradients of one band of keys and values from the query rows from begin to end. Scores lie transposed."""
     for first in range(begin, end, ROWS):
         rows = first + tl.arange(0, ROWS)
         inside = tl.minimum(rows, T - 1)
@@ -308,9 +308,9 @@ def key_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The part of the gradient that belongs to the keys and the values."""
-    blocks = tl.cdiv(T, KEYS)
-    head = tl.program_id(0) // blocks
-    first_key = tl.program_id(0) % blocks * KEYS  # the longest first
+    bands = tl.cdiv(T, KEYS)
+    head = tl.program_id(0) // bands
+    first_key = tl.program_id(0) % bands * KEYS  # the longest first
     keys = first_key + tl.arange(0, KEYS)
     batch, column = (head // H).to(tl.int64), head % H * HEAD_DIM
     q_head = qkv + batch * stride_batch + column

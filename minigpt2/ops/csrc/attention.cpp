@@ -1,18 +1,18 @@
 // Causal multi-head attention on the CPU, forward and backward, without ever holding a T x T matrix.
 //
 // The method is FlashAttention-2 (Dao 2023, arXiv:2307.08691; Dao et al. 2022, arXiv:2205.14135). For one head:
-//   forward:   for a block of query rows, for each tile of keys on or below the diagonal:
+//   forward:   for a band of query rows, for each tile of keys on or below the diagonal:
 //                S <- scale Q K^T;  m' <- max(m, rowmax S);  P <- exp(S - m');  factor <- exp(m - m')
 //                l <- factor l + rowsum P;  O <- factor O + dropout(P) V;  m <- m'
 //              out = O / l, and lse = m + log l is all that the backward pass needs to rebuild P.
 //   backward:  delta <- rowsum(dOut * out)
-//              for a block of keys, for each tile of query rows on or below the diagonal:
+//              for a band of keys, for each tile of query rows on or below the diagonal:
 //                P <- exp(S - lse), S as above;  dP <- dropout(dOut V^T);  dS <- P (dP - delta)
 //                dV += dropout(P)^T dOut;  dK += scale dS^T Q;  dQ += scale dS K
 // q, k and v are read where the projection left them, in the packed (B, T, 3C) tensor, and copied tile by tile into
 // small contiguous buffers in the type that is multiplied. Every matrix product is one micro-kernel: a strip of
 // ROWS x (PANEL vectors) that stays in registers. Tiles lie on one grid and are added in ascending order whatever the
-// blocks and the threads are, so results do not depend on either, bit for bit.
+// bands and the threads are, so results do not depend on either, bit for bit.
 //
 // Sums, the softmax and delta are float32, or float64 for float64. bfloat16 is widened to float32 for the products,
 // unless the processor multiplies bfloat16 itself. Then Q, K, V and dOut are multiplied as they are, and P and dS are
@@ -43,13 +43,13 @@ using namespace minigpt2;
 
 namespace {
 
-// Bytes are those of float32 at D = 64. Where bfloat16 is multiplied, which takes half of them, tiles and blocks of the
+// Bytes are those of float32 at D = 64. Where bfloat16 is multiplied, which takes half of them, tiles and bands of the
 // backward pass are twice as long.
 constexpr int KEYS = MASK_COLUMNS;  // of a tile: a strip of scores is 1.5 KB, K^T and V of a tile 16 KB each
-constexpr int QUERY_BLOCK = 384;    // forward: query rows that share one copy of a key tile; q and O take 192 KB of L2
+constexpr int QUERY_BAND = 384;     // forward: query rows that share one copy of a key tile; q and O take 192 KB of L2
 constexpr int QUERY_TILE = 48;      // backward: P and dS of a tile, 12 KB each, stay in L1 with one more operand
-constexpr int KEY_BLOCK = 384;      // backward: keys between two visits to a query row; 5 buffers of 96 KB in L2
-constexpr int MIN_BLOCK = 192;      // the smallest block: a multiple of KEYS, of 2 QUERY_TILE and of ROWS
+constexpr int KEY_BAND = 384;       // backward: keys between two visits to a query row; 5 buffers of 96 KB in L2
+constexpr int MIN_BAND = 192;       // the smallest band: a multiple of KEYS, of 2 QUERY_TILE and of ROWS
 
 // Copying tiles.
 
@@ -75,22 +75,22 @@ template <class W, class S> void copy_across(W* to, const S* from, int64_t strid
   std::memset(to, 0, sizeof(W) * size_t((padded - i) / depth) * D);
 }
 
-// to (D x KEYS, across its rows) = factor * the transpose of up to KEYS rows of from, then zeros. Pairs take no factor:
+// to (D x KEYS, across its rows) = scale * the transpose of up to KEYS rows of from, then zeros. Pairs take no scale:
 // it would round them.
 template <class W, class S>
-void copy_transposed(W* to, const S* from, int64_t stride, int rows, int D, [[maybe_unused]] Sum<W> factor) {
+void copy_transposed(W* to, const S* from, int64_t stride, int rows, int D, [[maybe_unused]] Sum<W> scale) {
   constexpr int n = LANES<W>, depth = DEPTH<W>;
   const int words = D / depth;
   for (int key = 0; key < KEYS; key += n)
     for (int d = 0; d < words; d += n) {
-      Vec<W> block[n];
+      Vec<W> square[n];
       UNROLL for (int i = 0; i < n; i++)
-        block[i] = key + i < rows ? load_along<W>(from + (key + i) * stride + d * depth, words - d) : Vec<W>{};
+        square[i] = key + i < rows ? load_along<W>(from + (key + i) * stride + d * depth, words - d) : Vec<W>{};
       if constexpr (depth == 1)
-        UNROLL for (int i = 0; i < n; i++) block[i] *= factor;
-      transpose<W>(block);
+        UNROLL for (int i = 0; i < n; i++) square[i] *= scale;
+      transpose<W>(square);
       UNROLL for (int i = 0; i < n; i++)
-        if (depth == 1 || d + i < words) store(to + (d + i) * KEYS + key, block[i]);
+        if (depth == 1 || d + i < words) store(to + (d + i) * KEYS + key, square[i]);
     }
 }
 
@@ -102,8 +102,7 @@ template <class W> INLINE Vec<Sum<W>> scaled(Vec<Sum<W>> scores, Sum<W> scale) {
 struct Shape {
   int64_t B, T, H;
   int D;
-  double factor;
-  double scale() const { return factor; }  // of the scores
+  double scale;  // of the scores
 };
 
 template <class S> struct Head {  // where one head's rows lie
@@ -145,14 +144,14 @@ INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, 
   if (grew)
     UNROLL for (int i = 0; i < strip_lanes; i += n) store(factor + i, exp_negative(scaled<W>(load(shift + i), scale)));
   for (int i = 0; i < ROWS; i++) {
-    IntVec<A> keep[KEYS / n] = {};
-    if (dropout.active) dropout.mask<A>(keep, keys[i], first_column);
+    IntVec<A> mask[KEYS / n] = {};
+    if (dropout.active) dropout.mask<A>(mask, keys[i], first_column);
     Vec<A> sum = grew ? l[i] * factor[i] : l[i];
     UNROLL for (int j = 0; j < KEYS; j += n) {
       if (edge && j >= columns) break;
       const Vec<A> e = exp_negative(scaled<W>(load(s + i * KEYS + j) - m[i], scale));
       sum += e;
-      store_along(p + (i * KEYS + j) / DEPTH<W>, dropout.active ? where<A>(keep[j / n], e) : e);
+      store_along(p + (i * KEYS + j) / DEPTH<W>, dropout.active ? where<A>(mask[j / n], e) : e);
     }
     l[i] = sum;
   }
@@ -161,12 +160,12 @@ INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, 
 
 // Query rows first_row ... first_row + rows of one head.
 template <class S, class A>
-void forward_block(const Shape& shape, const Head<const S>& in, S* out, A* lse, int64_t head, int64_t first_row,
-                   int rows, const Dropout& dropout) {
+void forward_band(const Shape& shape, const Head<const S>& in, S* out, A* lse, int64_t head, int64_t first_row,
+                  int rows, const Dropout& dropout) {
   using W = Operand<S, A>;
   constexpr int n = LANES<A>, depth = DEPTH<W>;
   const int D = shape.D, padded = round_up(rows, ROWS);
-  const A scale = A(shape.scale());
+  const A scale = A(shape.scale);
   scratch.reserve(sizeof(A) * (size_t(padded) * (2 * D + n + 3) + 2 * KEYS * D + ROWS * (2 * KEYS + n)) + 16 * 64);
   W* q = scratch.take<W>(size_t(padded) * D / depth);
   A* O = scratch.take<A>(size_t(padded) * D);
@@ -210,9 +209,9 @@ void forward_block(const Shape& shape, const Head<const S>& in, S* out, A* lse, 
 
   for (int i = 0; i < rows; i++) {
     const A total = sum_lanes<A>(l[i]);
-    const A factor = A(dropout.active ? dropout.keep_scale : 1) / total;
+    const A normaliser = A(dropout.active ? dropout.keep_scale : 1) / total;
     S* to = out + (first_row + i) * shape.H * D;
-    for (int d = 0; d < D; d += n) store_as<A>(to + d, load(O + i * D + d) * factor);
+    for (int d = 0; d < D; d += n) store_as<A>(to + d, load(O + i * D + d) * normaliser);
     lse[first_row + i] = scaled<W>(splat(m[i]), scale)[0] + std::log(total);
   }
 }
@@ -221,15 +220,15 @@ template <class S, class A>
 void forward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t row_stride, void* out, void* lse,
              const Dropout& dropout) {
   const int64_t heads = shape.B * shape.H, enough = 2 * thread_count();
-  int block = QUERY_BLOCK;
-  while (block > ROWS * 8 && heads * ((shape.T + block - 1) / block) < enough) block /= 2;
-  const int64_t blocks = (shape.T + block - 1) / block;
-  for_each_task(heads * blocks, [&](int64_t task) {
-    const int64_t head = task / blocks, first_row = (blocks - 1 - task % blocks) * block;  // the longest first
+  int band = QUERY_BAND;
+  while (band > ROWS * 8 && heads * ((shape.T + band - 1) / band) < enough) band /= 2;
+  const int64_t bands = (shape.T + band - 1) / band;
+  for_each_task(heads * bands, [&](int64_t task) {
+    const int64_t head = task / bands, first_row = (bands - 1 - task % bands) * band;  // the longest first
     const Head<const S> in(static_cast<const S*>(qkv), batch_stride, row_stride, shape, head);
     S* to = static_cast<S*>(out) + (head / shape.H * shape.T * shape.H + head % shape.H) * shape.D;
-    forward_block<S, A>(shape, in, to, static_cast<A*>(lse) + head * shape.T, head, first_row,
-                        int(std::min<int64_t>(block, shape.T - first_row)), dropout);
+    forward_band<S, A>(shape, in, to, static_cast<A*>(lse) + head * shape.T, head, first_row,
+                       int(std::min<int64_t>(band, shape.T - first_row)), dropout);
   });
 }
 
@@ -252,25 +251,25 @@ struct Part {  // what a pass over one head computes
 template <class S, class A>
 void backward_head(const Shape& shape, const Part& part, const Head<const S>& in, const Head<S>& grad,
                    const S* grad_out, int64_t grad_out_stride, const S* out, const A* lse_of_row, int64_t head,
-                   int block, const Dropout& dropout) {
+                   int band, const Dropout& dropout) {
   using W = Operand<S, A>;
   constexpr int n = LANES<A>, depth = DEPTH<W>;
   constexpr int query_tile = QUERY_TILE * depth;
   constexpr bool one_layout = depth == 1;  // along and across are the same
   const int D = shape.D;
   const int64_t T = shape.T, out_stride = shape.H * D;
-  const A scale = A(shape.scale()), keep = A(dropout.active ? 1 - dropout.p : 1);
+  const A scale = A(shape.scale), keep = A(dropout.active ? 1 - dropout.p : 1);
   // dP and delta are kept (1 - p) times too small, and P without its 1 / (1 - p): the factor comes in when sums are
   // written.
   const A keep_scale = A(dropout.active ? dropout.keep_scale : 1), ds_scale = scale * keep_scale;
-  block = std::min(block, round_up(T, KEYS));
-  scratch.reserve(sizeof(A) * (size_t(block) * D * 5 + query_tile * (5 * D + 3 * KEYS + 4) + 2 * ROWS * KEYS) +
+  band = std::min(band, round_up(T, KEYS));
+  scratch.reserve(sizeof(A) * (size_t(band) * D * 5 + query_tile * (5 * D + 3 * KEYS + 4) + 2 * ROWS * KEYS) +
                   24 * 64);
-  W* k_transposed = scratch.take<W>(size_t(block) * D / depth);  // tile after tile, D x KEYS each
-  W* v_transposed = scratch.take<W>(size_t(block) * D / depth);
-  W* k = scratch.take<W>(size_t(block) * D / depth);
-  A* dk = scratch.take<A>(size_t(block) * D);
-  A* dv = scratch.take<A>(size_t(block) * D);
+  W* k_transposed = scratch.take<W>(size_t(band) * D / depth);  // tile after tile, D x KEYS each
+  W* v_transposed = scratch.take<W>(size_t(band) * D / depth);
+  W* k = scratch.take<W>(size_t(band) * D / depth);
+  A* dk = scratch.take<A>(size_t(band) * D);
+  A* dv = scratch.take<A>(size_t(band) * D);
   W* q = scratch.take<W>(query_tile * D / depth);
   W* q_across = one_layout ? q : scratch.take<W>(query_tile * D / depth);
   W* dout = scratch.take<W>(query_tile * D / depth);
@@ -285,21 +284,21 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
   A* delta = scratch.take<A>(query_tile);
   auto keys = scratch.take<uint32_t[2]>(query_tile);
 
-  for (int64_t block_key = part.first_key; block_key < part.end_key; block_key += block) {
-    const int block_keys = int(std::min<int64_t>(block, T - block_key)), padded = round_up(block_keys, KEYS);
+  for (int64_t band_key = part.first_key; band_key < part.end_key; band_key += band) {
+    const int band_keys = int(std::min<int64_t>(band, T - band_key)), padded = round_up(band_keys, KEYS);
     for (int t = 0; t < padded; t += KEYS) {
-      const int count = std::min(KEYS, block_keys - t);
-      const int64_t at = (block_key + t) * in.stride;
+      const int count = std::min(KEYS, band_keys - t);
+      const int64_t at = (band_key + t) * in.stride;
       copy_transposed(k_transposed + t * D / depth, in.k + at, in.stride, count, D, scale);
       copy_transposed(v_transposed + t * D / depth, in.v + at, in.stride, count, D, A(1));
     }
-    if (part.dq) copy_across(k, in.k + block_key * in.stride, in.stride, block_keys, padded, D);
+    if (part.dq) copy_across(k, in.k + band_key * in.stride, in.stride, band_keys, padded, D);
 
     if (part.dkv) {
       std::memset(dk, 0, sizeof(A) * padded * D);
       std::memset(dv, 0, sizeof(A) * padded * D);
     }
-    for (int64_t first_row = std::max(block_key, part.first_row); first_row < part.end_row; first_row += query_tile) {
+    for (int64_t first_row = std::max(band_key, part.first_row); first_row < part.end_row; first_row += query_tile) {
       const int rows = int(std::min<int64_t>(query_tile, T - first_row)), strips = round_up(rows, ROWS);
       const S *from_q = in.q + first_row * in.stride, *from_dout = grad_out + first_row * grad_out_stride;
       copy_along(q, from_q, in.stride, rows, strips, D);
@@ -318,7 +317,7 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
       }
       if (dropout.active) dropout.row_keys(keys, uint32_t(head), first_row, strips);
       if (part.dq) {
-        if (block_key == 0)
+        if (band_key == 0)
           std::memset(dq, 0, sizeof(A) * strips * D);
         else
           for (int i = 0; i < rows; i++)
@@ -326,8 +325,8 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
               std::memcpy(dq + i * D + d, partial<S, A>(grad, first_row + i, d, D), 8 * sizeof(A));
       }
 
-      for (int t = 0; t < padded && block_key + t < first_row + rows; t += KEYS) {
-        const int64_t first_key = block_key + t;
+      for (int t = 0; t < padded && band_key + t < first_row + rows; t += KEYS) {
+        const int64_t first_key = band_key + t;
         const int from_diagonal = int(std::min<int64_t>(first_row - first_key, BELOW));  // how far the tile is below it
         for (int i = 0; i < strips; i += ROWS) {
           const int diagonal = from_diagonal + i, columns = std::min(KEYS, round_up(diagonal + ROWS, n));
@@ -340,16 +339,16 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
             Vec<A> dropped_p[KEYS / n][depth] = {}, row_ds[KEYS / n][depth] = {};
             UNROLL for (int row = 0; row < depth; row++) {
               const int r = first + row;
-              IntVec<A> kept[KEYS / n] = {};
+              IntVec<A> mask[KEYS / n] = {};
               Vec<A> probability[KEYS / n] = {}, row_dp[KEYS / n] = {};
-              if (dropout.active) dropout.mask<A>(kept, keys[i + r], first_key);
+              if (dropout.active) dropout.mask<A>(mask, keys[i + r], first_key);
               UNROLL for (int j = 0; j < KEYS / n; j++) {
                 if (j * n >= columns) break;
                 const Vec<A> x = scaled<W>(load(s + r * KEYS + j * n), scale) - lse[i + r];
                 probability[j] = exp_negative(x > A(0) ? Vec<A>{} : x);  // a huge lse, rounded, must not make P > 1
                 row_dp[j] = load(dp + r * KEYS + j * n);
-                if (dropout.active) row_dp[j] = where<A>(kept[j], row_dp[j]);
-                dropped_p[j][row] = dropout.active ? where<A>(kept[j], probability[j]) : probability[j];
+                if (dropout.active) row_dp[j] = where<A>(mask[j], row_dp[j]);
+                dropped_p[j][row] = dropout.active ? where<A>(mask[j], probability[j]) : probability[j];
               }
               // Where a row's keys all lie in this tile, delta can be had as rowsum(P dP) from the rounded P and dP,
               // over rowsum(P), which a large lse leaves not quite 1: dS then sums to 0 as it must, and is exactly 0
@@ -396,7 +395,7 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
       }
 
       if (part.dq) {
-        const bool complete = first_row < block_key + block;
+        const bool complete = first_row < band_key + band;
         for (int i = 0; i < rows; i++) {
           if (complete)
             for (int d = 0; d < D; d += n)
@@ -408,8 +407,8 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
       }
     }
     if (part.dkv)
-      for (int i = 0; i < block_keys; i++) {
-        const int64_t at = (block_key + i) * grad.stride;
+      for (int i = 0; i < band_keys; i++) {
+        const int64_t at = (band_key + i) * grad.stride;
         for (int d = 0; d < D; d += n) {
           store_as<A>(grad.k + at + d, load(dk + i * D + d) * ds_scale);
           store_as<A>(grad.v + at + d, load(dv + i * D + d) * keep_scale);
@@ -424,33 +423,33 @@ void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t
               void* grad_qkv, const Dropout& dropout) {
   const int64_t T = shape.T, threads = thread_count(), width = shape.H * shape.D;
   const int64_t heads = T ? shape.B * shape.H : 0;  // a tensor without elements has no address to count from
-  auto run = [&](int64_t head, int block, const Part& part) {
+  auto run = [&](int64_t head, int band, const Part& part) {
     const Head<const S> in(static_cast<const S*>(qkv), batch_stride, row_stride, shape, head);
     const Head<S> grad(static_cast<S*>(grad_qkv), T * 3 * width, 3 * width, shape, head);
     const int64_t b = head / shape.H, column = head % shape.H * shape.D;
     backward_head<S, A>(shape, part, in, grad,
                         static_cast<const S*>(grad_out) + b * grad_out_batch_stride + column, grad_out_row_stride,
                         static_cast<const S*>(out) + b * T * width + column, static_cast<const A*>(lse) + head * T,
-                        head, block, dropout);
+                        head, band, dropout);
   };
-  // One task a head does the 5 products once. Two passes, first dQ by blocks of rows and then dK and dV by blocks of
+  // One task a head does the 5 products once. Two passes, first dQ by bands of rows and then dK and dV by bands of
   // keys, do 7 but make more tasks: worth it only where heads alone would leave threads idle. The sums are the same, in
   // the same order.
   const double one_pass = 5.0 * double((heads + threads - 1) / threads), two_passes = 7.0 * heads / threads;
-  if (one_pass <= two_passes || T <= MIN_BLOCK) {
-    const int most = KEY_BLOCK * DEPTH<Operand<S, A>>;
-    const int block = std::clamp(most * 64 / shape.D / MIN_BLOCK * MIN_BLOCK, MIN_BLOCK, most);
-    for_each_task(heads, [&](int64_t head) { run(head, block, {true, true, 0, T, 0, T}); });
+  if (one_pass <= two_passes || T <= MIN_BAND) {
+    const int most = KEY_BAND * DEPTH<Operand<S, A>>;
+    const int band = std::clamp(most * 64 / shape.D / MIN_BAND * MIN_BAND, MIN_BAND, most);
+    for_each_task(heads, [&](int64_t head) { run(head, band, {true, true, 0, T, 0, T}); });
     return;
   }
-  const int64_t blocks = (T + MIN_BLOCK - 1) / MIN_BLOCK;
-  for_each_task(heads * blocks, [&](int64_t task) {
-    const int64_t first = (blocks - 1 - task % blocks) * MIN_BLOCK, end = std::min(first + MIN_BLOCK, T);
-    run(task / blocks, MIN_BLOCK, {true, false, 0, end, first, end});
+  const int64_t bands = (T + MIN_BAND - 1) / MIN_BAND;
+  for_each_task(heads * bands, [&](int64_t task) {
+    const int64_t first = (bands - 1 - task % bands) * MIN_BAND, end = std::min(first + MIN_BAND, T);
+    run(task / bands, MIN_BAND, {true, false, 0, end, first, end});
   });
-  for_each_task(heads * blocks, [&](int64_t task) {
-    const int64_t first = task % blocks * MIN_BLOCK;
-    run(task / blocks, MIN_BLOCK, {false, true, first, first + 1, 0, T});
+  for_each_task(heads * bands, [&](int64_t task) {
+    const int64_t first = task % bands * MIN_BAND;
+    run(task / bands, MIN_BAND, {false, true, first, first + 1, 0, T});
   });
 }
 
