@@ -146,6 +146,7 @@ def _run(job: Job) -> Result:
 
         recipe: dict[str, Any] = {"lr": 1e-4, "embedding_lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.999)}
         optimizer = make_optimizer(model, job.optimizer, **recipe, in_backward=job.in_backward, moments=job.moments)
+        optimizer.make_state()
     ids = torch.randint(vocab, (job.batch, job.length + 1))
     times: list[list[float]] = []
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

@@ -50,14 +50,18 @@ class AdamW:
         self.state: MutableMapping[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
+    def make_state(self, p: Tensor) -> None:
+        """The moments of a parameter that has none yet."""
+        if not self.state[p]:
+            self.state[p] = self._zeros(p)
+
     @torch.no_grad()
     def step(self) -> None:
         """Move the parameters that have a gradient."""
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
             for p in moved:
-                if not self.state[p]:
-                    self.state[p] = self._zeros(p)
+                self.make_state(p)
             if whole := [p for p in moved if not self._lowered(p)]:
                 self._fused(whole, group)
             for p in filter(self._lowered, moved):
@@ -124,15 +128,18 @@ class BlockMuon(Muon):  # type: ignore[misc]
     group says how many matrices lie beside each other in a weight, as q, k and v do in c_attn: each is orthogonalised
     for itself."""
 
+    def make_state(self, p: Tensor) -> None:
+        """The moment of a parameter that has none yet."""
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
     def _init_group(
         self, group: MutableMapping[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
     ) -> bool:
         for p in group["params"]:
             if p.grad is not None:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                for tensors, tensor in ((params, p), (grads, p.grad), (buffers, state["momentum_buffer"])):
+                self.make_state(p)
+                for tensors, tensor in ((params, p), (grads, p.grad), (buffers, self.state[p]["momentum_buffer"])):
                     tensors.extend(tensor.mT.chunk(group["matrices"]))
         return False  # whether any is complex
 
@@ -150,6 +157,15 @@ class Optimizers:
 
     moved = 0
     """How many parameters have moved before the step was ended by a gradient that is not finite."""
+
+    @torch.no_grad()
+    def make_state(self) -> None:
+        """Make all moments that are not there yet: before the first step, beside the weights. The first step would make
+        them among activations and gradients that come and go, and memory would have holes ever after."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    optimizer.make_state(p)
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients; the norm that they had, a scalar."""

@@ -109,6 +109,7 @@ class Trainer(RunState):
     def advance(self) -> dict[str, Any]:
         """One optimizer step. Returns its row of metrics; raises NonFiniteError, with everything as before the step but
         for what --optimizer-in-backward has moved by then."""
+        self.optimizer.make_state()
         part = schedule(self.step, self.config.warmup or 0, self.config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * part
