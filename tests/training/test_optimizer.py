@@ -36,6 +36,25 @@ def test_every_weight_has_one_group_and_only_matrices_decay(kind: str) -> None:
         assert ("momentum" in group) == (kind == "muon" and in_block), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "moments"), [("adamw", "fp32"), ("adamw", "8bit"), pytest.param("muon", "fp32", marks=needs_muon)]
+)
+def test_moments_made_before_the_first_step_are_those_it_would_make(kind: str, moments: str) -> None:
+    states = []
+    for early in (True, False):
+        model = model_with_gradients()
+        made = make_optimizer(model, kind, **RECIPE, moments=moments)
+        if early:
+            made.make_state()
+            assert all(not t.any() for p in model.parameters() for t in made.state[p].values())
+        made.step()
+        states.append([(name, p, *made.state[p].items()) for name, p in model.named_parameters()])
+    for (name, p, *state), (_, q, *other) in zip(*states, strict=True):
+        assert torch.equal(p, q), name
+        assert [key for key, _ in state] == [key for key, _ in other], name
+        assert all(torch.equal(t, u) for (_, t), (_, u) in zip(state, other, strict=True)), name
+
+
 @needs_muon
 def test_muon_takes_a_step_for_each_matrix_as_pytorch_does_for_the_transposed_one() -> None:
     model = model_with_gradients()
