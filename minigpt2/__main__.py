@@ -16,16 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minigpt2 import __version__
-from minigpt2.command_line import (
-    ATTENTIONS,
-    deferred,
-    one_line_warnings,
-    optional,
-    parsed,
-    reader_left,
-    replace_unprintable,
-)
+from minigpt2 import __version__, command_line
+from minigpt2.command_line import ATTENTIONS, optional, parsed
 from minigpt2.data.documents import TextOptions
 
 if TYPE_CHECKING:
@@ -373,7 +365,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 def _run(verbs: dict[str, Callable[..., Any]], prog: str, arguments: list[str], description: str | None = None) -> Any:
     """The result of the verb that the arguments name. Raises ValueError for arguments that cannot be read."""
-    calls = {name: deferred(verb) for name, verb in verbs.items()}
+    calls = {name: command_line.deferred(verb) for name, verb in verbs.items()}
     return parsed(
         lambda: tyro.extras.subcommand_cli_from_dict(calls, prog=prog, description=description, args=arguments)
     )()
@@ -381,17 +373,17 @@ def _run(verbs: dict[str, Callable[..., Any]], prog: str, arguments: list[str], 
 
 def main() -> int:
     """Run one verb; the exit status is 2 for a user's mistake, and 1 where two models differ."""
-    replace_unprintable()
+    command_line.replace_unprintable()
     if sys.argv[1:2] == ["train"]:  # it has an exit status of its own
         return train()
     try:
-        with one_line_warnings("minigpt2"):
+        with command_line.one_line_warnings("minigpt2"):
             if sys.argv[1:2] == ["bench"]:  # it has verbs of its own
                 bench()
             else:
                 return _run(VERBS, "minigpt2", sys.argv[1:], DESCRIPTION) or 0
     except BrokenPipeError:
-        return reader_left()
+        return command_line.reader_left()
     except (ValueError, OSError) as error:
         print(f"minigpt2: {error}", file=sys.stderr)
         return 2
