@@ -7,7 +7,6 @@ Parameters have the names, shapes and layout of the official checkpoint, so weig
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +20,11 @@ from minigpt2.ops.activations import activation
 from minigpt2.ops.attention import attention, check_backend, positions_and_mask
 from minigpt2.ops.dropout import dropout_add
 from minigpt2.ops.products import project, project_transposed
+from minigpt2.pretrained import Pretrained
 from minigpt2.recompute import RecomputedStack
 
 if TYPE_CHECKING:
     from minigpt2.generate import KVCache, LayerCache
-    from minigpt2.tokenizer import Tokenizer
 
 __all__ = ["GPT2", "MLP", "Block", "BlockStack", "CausalSelfAttention", "Projection"]
 
@@ -116,7 +115,7 @@ def _embedding(n: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(n, width), freeze=False)
 
 
-class GPT2(nn.Module):
+class GPT2(Pretrained):
     """The language model. `model(input_ids)` gives logits; `model.loss(input_ids, targets)` the training loss.
 
     `checkpoint_every` and `recompute` trade time for memory (recompute.py); `attention` names the backend
@@ -218,32 +217,3 @@ class GPT2(nn.Module):
         p = self.config.embd_pdrop if self.training else 0.0
         x = dropout_add(self.wte(input_ids) + self.wpe(positions), None, p)  # (B, T, C)
         return self.ln_f(self.h(x, mask, cache))
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> GPT2:
-        """Load `gpt2`, another model of the Hugging Face hub ("OWNER/NAME") or a folder with config.json and
-        safetensors, in evaluation mode; `settings` are those of weights.from_pretrained: `revision`, the dials,
-        `attention`, `dtype`, and fields of the configuration."""
-        from minigpt2.weights import from_pretrained
-
-        return from_pretrained(name_or_path, **settings)
-
-    def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-        """Write model.safetensors, config.json, generation_config.json and the files of the tokenizer, if one is given:
-        transformers loads them as they are; see weights.py."""
-        from minigpt2.weights import save_pretrained
-
-        save_pretrained(self, folder, tokenizer)
-
-    def resize_vocabulary(self, n: int) -> None:
-        """Give the model a vocabulary of n token ids, before its optimizer is made; see weights.py."""
-        from minigpt2.weights import resize_vocabulary
-
-        resize_vocabulary(self, n)
-
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
-        """Continue input_ids (B, T) by up to max_new_tokens: (B, T + new); `settings` are those of generate.py, such
-        as temperature=0."""
-        from minigpt2.generate import generate
-
-        return generate(self, input_ids, max_new_tokens, **settings)

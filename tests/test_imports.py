@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"torch_private"},
     {"config", "command_line", "device", "extras", "files", "machine", "progress"},
-    {"hub", "ops", "tokenizer", "checkpoint"},
+    {"hub", "ops", "tokenizer", "checkpoint", "pretrained"},
     {"recompute", "loss", "inputs", "tokenizer_files", "run_folder"},
     {"data", "model"},
     {"weights", "generate", "memory"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"__main__", "train"},
 ]
 # Methods of GPT2 that call what is built on it, when they are called.
-UPWARDS = {("model", "weights"), ("model", "generate")}
+UPWARDS = {("pretrained", "weights"), ("pretrained", "generate")}
 LEVEL = {room: level for level, layer in enumerate(LAYERS) for room in layer}
 
 

@@ -109,7 +109,8 @@ class Trainer(RunState):
     def advance(self) -> dict[str, Any]:
         """One optimizer step. Returns its row of metrics; raises NonFiniteError, with everything as before the step but
         for what --optimizer-in-backward has moved by then."""
-        self.optimizer.make_state()
+        if self.step == 0:
+            self.optimizer.make_state()
         part = schedule(self.step, self.config.warmup or 0, self.config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * part
