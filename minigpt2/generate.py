@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import numbers
 import warnings
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,7 @@ class Sampling:
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One token id of each row, (B,), given logits (B, V)."""
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return logits.float().argmax(-1)  # twice as fast as bfloat16's
         return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -284,7 +285,7 @@ def nonfinite(model: nn.Module) -> str | None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return all(bound.isfinite() for bound in torch.aminmax(tensor))  # a NaN would be both of the bounds
+    return all(math.isfinite(bound) for bound in torch.aminmax(tensor))  # a NaN would be both of the bounds
 
 
 def ends(model: GPT2, tokenizer: Tokenizer) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt2.ops import build
-from minigpt2.torch_private import constant_to_compiler
+from minigpt2.torch_private import constant_to_compiler, untouched
 
 __all__ = [
     "DTYPES",
@@ -25,8 +25,10 @@ __all__ = [
     "attention_backward",
     "cross_entropy_",
     "decode",
+    "direct",
     "dropout_add",
     "few_rows",
+    "few_rows_as_they_are",
     "gelu",
     "in_memory",
     "serves",
@@ -74,6 +76,13 @@ def in_memory(x: Tensor) -> bool:
         return False
     address = x.data_ptr()
     return (address != 0 or not x.numel()) and address % x.element_size() == 0
+
+
+def direct(*tensors: Tensor) -> bool:
+    """Whether PyTorch's dispatcher has nothing to add to a function of these. Passing it by saves 10 us."""
+    if not untouched(*tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return False
+    return all(t.is_cpu and in_memory(t) for t in tensors)
 
 
 def attention(
@@ -156,7 +165,13 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
     weight, bias = _contiguous(weight, bias)
-    x = rows(_checked(x, weight)[0])
+    return few_rows_as_they_are(rows(_checked(x, weight)[0]), weight, bias)
+
+
+def few_rows_as_they_are(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same, of tensors known to be what it takes: plain, in memory, weight and bias contiguous, and rows of x.
+    To find that out takes as long as a small product."""
+    (M, K), N = x.shape, weight.size(0 if bias is None else 1)
     out = x.new_empty((M, N))
     addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
     _call("few_rows", x.dtype, M, K, N, x.data_ptr(), x.stride(0), *addresses)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt2.ops import kernel
-from minigpt2.torch_private import has_onednn, onednn_linear, onednn_weight_gradient, traced, transformed
+from minigpt2.torch_private import has_onednn, onednn_linear, onednn_weight_gradient, transformed, untouched
 
 __all__ = [
     "add_transposed_product",
@@ -44,8 +44,8 @@ BLOCK = 4096  # rows of a sum of products that are added at a time: 12 MiB of th
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight + bias, for x (n, in), weight (in, out) and bias (out): (n, out)."""
-    if _few_rows_serve(x, weight, bias) and weight.size(1) % 32 == 0:
-        return kernel.few_rows(x, weight, bias)
+    if _few_rows_serve(x, weight, bias):
+        return kernel.few_rows_as_they_are(x, weight, bias)
     if not x.dim() == weight.dim() == 2:
         return torch.addmm(bias, x, weight)
     if torch.is_grad_enabled() and _autocast_serves(x, weight, bias):
@@ -69,10 +69,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def project_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T, for x (n, in) and weight (out, in): (n, out). Without a gradient."""
-    serves = _few_rows_serve(x, weight) and weight.size(1) % 16 == 0
-    # A head in bfloat16 is quicker in oneDNN's hands where the processor multiplies bfloat16.
-    if serves and (x.dtype == torch.float32 or not _bfloat16_unit()):
-        return kernel.few_rows(x, weight, None)
+    if _few_rows_serve(x, weight, None):
+        return kernel.few_rows_as_they_are(x, weight, None)
     return torch.mm(x, weight.t())
 
 
@@ -223,21 +221,26 @@ def bfloat16_unit() -> str | None:
     return next((name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)), None)
 
 
-_bfloat16_unit = functools.cache(bfloat16_unit)
-
-
-def _few_rows_serve(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the compiled kernel is to make this product. Ordered so that training leaves at the first question."""
+def _few_rows_serve(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the compiled kernel is to make this product: with a bias x @ weight + bias, without one x @ weight^T.
+    Ordered so that training leaves at the first question."""
+    if torch.is_grad_enabled() or not x.dim() == weight.dim() == 2 or not 0 < x.size(0) <= kernel.FEW:
+        return False
+    (inner, outer), parts = weight.shape, (weight,)
+    if bias is None:
+        fits = x.size(1) == outer and outer % 16 == 0
+    else:
+        fits, parts = x.size(1) == inner and bias.shape == (outer,) and outer % 32 == 0, (weight, bias)
+    dtype = x.dtype
     return (
-        not torch.is_grad_enabled()
-        and x.dim() == weights[0].dim() == 2
-        and 0 < x.size(0) <= kernel.FEW
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and _plain(x, *weights, dtype=x.dtype)
-        and not traced()
+        fits
         and x.size(1) > 0
         and x.stride(1) == 1
-        and all(weight.is_contiguous() for weight in weights)
-        and all(map(kernel.in_memory, (x, *weights)))
+        and dtype in (torch.float32, torch.bfloat16)
+        and untouched(x, *parts)
+        and not torch.is_autocast_enabled("cpu")
+        and x.is_cpu
+        and kernel.in_memory(x)
+        and all(t.is_cpu and t.dtype is dtype and kernel.in_memory(t) and t.is_contiguous() for t in parts)
         and kernel.unavailable() is None
     )

@@ -175,6 +175,7 @@ def masked_attention(
 
 
 def _decodes(q: Tensor, k: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
-    """Whether this is the case that fused.decode serves, and large enough that its work outweighs the call."""
+    """Whether this is the case that fused.decode serves, and large enough that its work outweighs the call, which sdpa
+    has less of; but of bfloat16 sdpa does four times the work."""
     plain = q.device.type == "cpu" and mask is None and q.size(2) == 1 and not dropout_p and not torch.is_grad_enabled()
-    return plain and k.size(0) * k.size(2) >= 128
+    return plain and k.size(0) * k.size(2) >= (32 if k.dtype is torch.bfloat16 else 128)

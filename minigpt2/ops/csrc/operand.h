@@ -14,10 +14,6 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 #include "simd.h"
 
 namespace minigpt2 {

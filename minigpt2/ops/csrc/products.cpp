@@ -2,7 +2,8 @@
 //
 // What bounds them is reading the weights once, and a general matrix product, made for many rows, does that far below
 // the rate of memory. Here all rows of x meet a weight while it is in a register or in L1, and weights are read in long
-// stretches, a few side by side. What is added up, and in which order, depends on K alone, not on threads or on the
+// stretches, a few side by side, each asked for before it is needed: stretches are too short for the processor to see
+// them coming. What is added up, and in which order, depends on K alone, not on threads or on the
 // other rows. Weights and rows in bfloat16 are half the bytes to read; they are widened in registers, and sums are
 // float32.
 
@@ -24,6 +25,16 @@ constexpr int FEW = 8;
 constexpr int CHUNKS = 8;         // into which the rows of w are cut, each with sums of its own
 constexpr int STREAMS = 8;        // rows of w read side by side
 constexpr int ROWS_A_TASK = 128;  // of a transposed w
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int SUMS = 16;  // vectors of them that stay in registers, of which there are 32
+#else
+constexpr int SUMS = 8;  // of 16
+#endif
+
+// Asks for what will be read, so far ahead that L1 would have lost it again by then: into L2.
+template <int bytes> INLINE void prefetch(const void* p) {
+  UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
 
 template <class A> INLINE A element(A x) { return x; }
 INLINE float element(BFloat16 x) {
@@ -60,6 +71,7 @@ void few_rows(int64_t K, int64_t N, const S* x, int64_t x_stride, const S* w, co
         for (int64_t k = begin; k < stop; k++) {
           Vec<A> row[NV];
           UNROLL for (int v = 0; v < NV; v++) row[v] = load_as<A>(w + k * N + column + v * n);
+          prefetch<panel * sizeof(S)>(w + (k + STREAMS) * N + column);
           UNROLL for (int i = 0; i < M; i++)
             UNROLL for (int v = 0; v < NV; v++) sum[i][v] += columns[k * M + i] * row[v];
         }
@@ -82,7 +94,7 @@ void few_rows(int64_t K, int64_t N, const S* x, int64_t x_stride, const S* w, co
 // out (M x N) = x w^T, for w (N x K); K is a multiple of a vector.
 template <int M, class S, class A>
 void few_rows_transposed(int64_t K, int64_t N, const S* x, int64_t x_stride, const S* w, S* out) {
-  constexpr int n = LANES<A>, R = std::max(1, 4 / M);  // rows of w at a time
+  constexpr int n = LANES<A>, R = std::clamp(SUMS / M, 1, 4);  // rows of w at a time
   const int64_t stride = K + 16;  // a multiple of the page size would make all rows compete for the same cache lines
   scratch.reserve(sizeof(A) * M * stride);
   A* rows = scratch.take<A>(M * stride);
@@ -96,7 +108,10 @@ void few_rows_transposed(int64_t K, int64_t N, const S* x, int64_t x_stride, con
       Vec<A> sum[M][R] = {};
       for (int64_t k = 0; k < K; k += n) {
         Vec<A> weight[R];
-        UNROLL for (int j = 0; j < R; j++) weight[j] = load_as<A>(from[j] + k);
+        UNROLL for (int j = 0; j < R; j++) {
+          weight[j] = load_as<A>(from[j] + k);
+          prefetch<n * sizeof(S)>(from[j] + R * K + k);
+        }
         UNROLL for (int i = 0; i < M; i++) {
           const Vec<A> a = load(rows + i * stride + k);
           UNROLL for (int j = 0; j < R; j++) sum[i][j] += a * weight[j];

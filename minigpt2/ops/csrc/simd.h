@@ -11,6 +11,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #define INLINE [[gnu::always_inline]] inline
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -126,7 +130,14 @@ template <class A> INLINE Vec<A> load_as(const BFloat16* p) {
   typedef uint16_t Half __attribute__((vector_size(VECTOR_BYTES / 2)));
   Half h;
   std::memcpy(&h, p, sizeof h);
-  WordVec<float> w = __builtin_convertvector(h, WordVec<float>) << 16;
+  // Two instructions. From __builtin_convertvector GCC 12 makes five.
+#if defined(__AVX512F__)
+  const auto w = (WordVec<float>)_mm512_cvtepu16_epi32((__m256i)h) << 16;
+#elif defined(__AVX2__)
+  const auto w = (WordVec<float>)_mm256_cvtepu16_epi32((__m128i)h) << 16;
+#else
+  const auto w = __builtin_convertvector(h, WordVec<float>) << 16;
+#endif
   Vec<float> v;
   std::memcpy(&v, &w, sizeof v);
   return v;
