@@ -135,8 +135,9 @@ def _losses(model: GPT2, tokens: Tokens, group: list[Window], separator: int) ->
     # The token before each window, and the window.
     rows = [np.append(tokens[w.start - 1] if w.start else separator, tokens[w.start : w.stop]) for w in group]
     ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, 1 + T)
-    hidden = model.hidden(ids[:, :-1])[:, -scored:]  # (B, scored, C): the rest needs no head
-    return linear_cross_entropy(hidden, model.head, ids[:, -scored:], reduction="none")
+    hidden, head = model.hidden(ids[:, :-1])
+    hidden = hidden[:, -scored:]  # (B, scored, C): the rest needs no head
+    return linear_cross_entropy(hidden, head, ids[:, -scored:], reduction="none")
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> NDArray[np.int64]:

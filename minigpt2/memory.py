@@ -203,8 +203,8 @@ def footprint(
     def moments() -> Iterator[int]:
         # The loss: ln_f's output is there too, and one chunk of logits.
         yield carried + activations + size.R + size.chunk
-        # Backward. The head's gradient waits for that of the embedding, with which it is tied, until the end; that of
-        # a head of its own is there until the end, or is added to an earlier one at once.
+        # Backward. The head's gradient waits for that of the embedding, where they are tied, until the end; that of a
+        # head of its own is there until the end, or is added to an earlier one at once.
         head = 0 if carried and size.own_head else size.head_weights
         held, gradients = stack + head, carried
         for segment, kept_here in zip(reversed(cut), reversed(kept), strict=True):
@@ -220,7 +220,8 @@ def footprint(
                 yield gradients + below + (i + 1) * size.block + extra
                 gradients += arriving
             held = below
-        yield gradients + head + size.head_weights + size.other_weights + 2 * size.R  # the embedding's gradient
+        embedding = size.head_weights if size.own_head or device != "cpu" else 0  # else it is added to the head's
+        yield gradients + head + embedding + size.other_weights + 2 * size.R
         if not stepping.in_backward:
             yield weights  # the gradients; the optimizer works in place
 

@@ -19,6 +19,7 @@ from minigpt2.loss import linear_cross_entropy
 from minigpt2.ops.activations import activation
 from minigpt2.ops.attention import attention, check_backend, positions_and_mask
 from minigpt2.ops.dropout import dropout_add
+from minigpt2.ops.embedding import embed, embedding
 from minigpt2.ops.products import project, project_transposed
 from minigpt2.pretrained import Pretrained
 from minigpt2.recompute import RecomputedStack
@@ -110,11 +111,6 @@ class BlockStack(RecomputedStack):
         return x
 
 
-def _embedding(n: int, width: int) -> nn.Embedding:
-    """An embedding that is initialised once, by GPT2.reset_parameters, and not by nn.Embedding first."""
-    return nn.Embedding.from_pretrained(torch.empty(n, width), freeze=False)
-
-
 class GPT2(Pretrained):
     """The language model. `model(input_ids)` gives logits; `model.loss(input_ids, targets)` the training loss.
 
@@ -128,8 +124,8 @@ class GPT2(Pretrained):
         super().__init__()
         check_backend(attention)
         self.config = config
-        self.wte = _embedding(config.vocab_size, config.n_embd)
-        self.wpe = _embedding(config.n_positions, config.n_embd)
+        self.wte = embedding(config.vocab_size, config.n_embd)
+        self.wpe = embedding(config.n_positions, config.n_embd)
         self.h = BlockStack(config, checkpoint_every=checkpoint_every, recompute=recompute, attention=attention)
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         if not config.tie_word_embeddings:  # as they are in GPT-2, whose output head is the token embedding
@@ -177,11 +173,12 @@ class GPT2(Pretrained):
         With a `cache` that holds `past` tokens, the T new ones continue it. Raises ValueError for ids, lengths or masks
         that do not fit.
         """
-        return F.linear(self.hidden(input_ids, attention_mask, cache, position_ids), self.head)
+        return F.linear(*self.hidden(input_ids, attention_mask, cache, position_ids))
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after the last one: `forward` without the head of the other positions."""
-        return project_transposed(self.hidden(input_ids, attention_mask, cache)[:, -1], self.head)
+        x, head = self.hidden(input_ids, attention_mask, cache)
+        return project_transposed(x[:, -1], head)
 
     def loss(
         self,
@@ -199,8 +196,8 @@ class GPT2(Pretrained):
         if targets.shape != input_ids.shape:
             shapes = tuple(input_ids.shape), tuple(targets.shape)
             raise ValueError(f"targets must have the shape of input_ids {shapes[0]}, got {shapes[1]}")
-        hidden = self.hidden(input_ids, attention_mask, position_ids=position_ids)
-        return linear_cross_entropy(hidden, self.head, targets, reduction=reduction)
+        hidden, head = self.hidden(input_ids, attention_mask, position_ids=position_ids)
+        return linear_cross_entropy(hidden, head, targets, reduction=reduction)
 
     def hidden(
         self,
@@ -208,12 +205,14 @@ class GPT2(Pretrained):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The residual stream after the last LayerNorm, (B, T, C): everything but the head."""
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after the last LayerNorm, (B, T, C), and the head's weight, (V, C), that makes logits of
+        it and through which its gradient comes."""
         past = 0 if cache is None else cache.length
         check_input(self.config, input_ids, attention_mask, cache, position_ids)
         positions, mask = positions_and_mask(input_ids, attention_mask, past)
         positions = positions if position_ids is None else position_ids
         p = self.config.embd_pdrop if self.training else 0.0
-        x = dropout_add(self.wte(input_ids) + self.wpe(positions), None, p)  # (B, T, C)
-        return self.ln_f(self.h(x, mask, cache))
+        tokens, head = embed(self.wte, input_ids, self.head)
+        x = dropout_add(tokens + self.wpe(positions), None, p)  # (B, T, C)
+        return self.ln_f(self.h(x, mask, cache)), head

@@ -19,6 +19,7 @@ __all__ = [
     "backward_keeps_graph",
     "constant_to_compiler",
     "has_onednn",
+    "hooked",
     "missing",
     "onednn_linear",
     "onednn_weight_gradient",
@@ -39,11 +40,22 @@ DISPATCH_MODES = "torch._C._len_torch_dispatch_stack"
 KEEPS_GRAPH = "torch._C._autograd._get_current_graph_task_keep_graph"
 # Without it, an alias that is made below autograd does not know of changes in place.
 EXCLUDE_KEY = "torch._C._SetExcludeDispatchKeyGuard"
+# Without it, every module is taken to have hooks.
+GLOBAL_HOOKS = "torch.nn.modules.module._has_any_global_hook"
 # Without either, oneDNN makes no product.
 LINEAR = "torch.ops.mkldnn._linear_pointwise"
 WEIGHT_GRADIENT = "torch.ops.aten.mkldnn_linear_backward_weights"
 
-NAMES = (FUNCTION_TRANSFORMS, FORWARD_MODE_LEVEL, DISPATCH_MODES, KEEPS_GRAPH, EXCLUDE_KEY, LINEAR, WEIGHT_GRADIENT)
+NAMES = (
+    FUNCTION_TRANSFORMS,
+    FORWARD_MODE_LEVEL,
+    DISPATCH_MODES,
+    KEEPS_GRAPH,
+    EXCLUDE_KEY,
+    GLOBAL_HOOKS,
+    LINEAR,
+    WEIGHT_GRADIENT,
+)
 """All of them but the mark of `constant_to_compiler`, without which a compiler breaks its graph."""
 
 
@@ -96,6 +108,13 @@ def backward_keeps_graph() -> bool:
     """Whether the backward pass under way may be repeated, so that what it reads must stay as it is."""
     keeps = found(KEEPS_GRAPH)
     return keeps is None or bool(keeps())
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something is called with this module when it is called, or instead of its own forward."""
+    of_all = found(GLOBAL_HOOKS)
+    mine = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return of_all is None or of_all() or any(mine) or "forward" in vars(module)
 
 
 def alias(tensor: Tensor) -> Tensor:

@@ -226,12 +226,12 @@ def _few_rows_serve(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     Ordered so that training leaves at the first question."""
     if torch.is_grad_enabled() or not x.dim() == weight.dim() == 2 or not 0 < x.size(0) <= kernel.FEW:
         return False
-    (inner, outer), parts = weight.shape, (weight,)
+    inner, outer = weight.shape
     if bias is None:
         fits = x.size(1) == outer and outer % 16 == 0
     else:
-        fits, parts = x.size(1) == inner and bias.shape == (outer,) and outer % 32 == 0, (weight, bias)
-    dtype = x.dtype
+        fits = x.size(1) == inner and bias.shape == (outer,) and outer % 32 == 0
+    parts, dtype = (weight,) if bias is None else (weight, bias), x.dtype
     return (
         fits
         and x.size(1) > 0

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("needs_the_kernel")
 def served(monkeypatch):
     """The shapes of the products that the kernel made."""
     shapes, few_rows = [], kernel.few_rows_as_they_are
-    monkeypatch.setattr(kernel, "few_rows_as_they_are", lambda *args: shapes.append(tuple(args[0].shape)) or few_rows(*args))
+    monkeypatch.setattr(
+        kernel, "few_rows_as_they_are", lambda *args: shapes.append(tuple(args[0].shape)) or few_rows(*args)
+    )
     return shapes
 
 
