@@ -221,7 +221,7 @@ def footprint(
                 gradients += arriving
             held = below
         embedding = size.head_weights if size.own_head or device != "cpu" else 0  # else it is added to the head's
-        yield gradients + head + embedding + size.other_weights + 2 * size.R
+        yield gradients + head + embedding + size.other_weights + 3 * size.R
         if not stepping.in_backward:
             yield weights  # the gradients; the optimizer works in place
 

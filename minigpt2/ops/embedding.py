@@ -61,8 +61,11 @@ class _Tied(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if grad is None:
             return grad_head, None
+        sums = torch.ops.aten.embedding_dense_backward  # of the rows of each id
         if grad_head is None or torch.is_grad_enabled():
-            whole: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.rows, -1, False)
+            whole = sums(grad, ids, ctx.rows, -1, False)
             return whole if grad_head is None else whole + grad_head, None
+        # Summed first, and then added: to the bit what autograd would make of the two.
+        different, places = ids.unique(return_inverse=True)
         # Nobody else has the head's gradient: it comes from the product or the loss that the head went into.
-        return grad_head.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(grad_head.dtype)), None
+        return grad_head.index_add_(0, different, sums(grad, places, len(different), -1, False)), None
