@@ -1,6 +1,6 @@
 // The micro-kernel: a strip of a matrix product, of a few rows and a few vectors of columns, that stays in registers.
 //
-// Every product of attention is made of such strips; a product of few rows (products.cpp) uses its innermost step.
+// Every product of attention is made of such strips.
 
 #pragma once
 
