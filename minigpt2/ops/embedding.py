@@ -27,7 +27,9 @@ def embedding(n: int, width: int) -> nn.Embedding:
 def embed(wte: nn.Embedding, ids: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """wte(ids), (..., C) for ids (...), and the head's weight (V, C), through which its gradient comes.
 
-    They are one operation where `head` is the weight of `wte`, on the CPU, and `wte` is no more than a lookup.
+    They are one operation where `head` is the weight of `wte`, on the CPU, and `wte` is no more than a lookup. The
+    gradient that reaches the head is changed in place then: what the head goes into must not give it to others too, as
+    an addition does.
     """
     if head is wte.weight and head.requires_grad and torch.is_grad_enabled() and _plain(wte):
         rows, head = _Tied.apply(head, ids)

@@ -235,12 +235,12 @@ def _few_rows_serve(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         fits
         and x.size(1) > 0
-        and x.stride(1) == 1
         and dtype in (torch.float32, torch.bfloat16)
         and untouched(x, *parts)
         and not torch.is_autocast_enabled("cpu")
         and x.is_cpu
         and kernel.in_memory(x)
+        and x.stride(1) == 1
         and all(t.is_cpu and t.dtype is dtype and kernel.in_memory(t) and t.is_contiguous() for t in parts)
         and kernel.unavailable() is None
     )
