@@ -220,8 +220,9 @@ def footprint(
                 yield gradients + below + (i + 1) * size.block + extra
                 gradients += arriving
             held = below
-        embedding = size.head_weights if size.own_head or device != "cpu" else 0  # else it is added to the head's
-        yield gradients + head + embedding + size.other_weights + 3 * size.R
+        # The embedding's gradient, or the rows of it that are added to the head's.
+        embedding = size.head_weights if size.own_head or device != "cpu" else size.R
+        yield gradients + head + embedding + size.other_weights + 2 * size.R
         if not stepping.in_backward:
             yield weights  # the gradients; the optimizer works in place
 

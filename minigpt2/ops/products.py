@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt2.ops import kernel
-from minigpt2.torch_private import has_onednn, onednn_linear, onednn_weight_gradient, transformed, untouched
+from minigpt2.torch_private import has_onednn, onednn_linear, onednn_weight_gradient, transformed
 
 __all__ = [
     "add_transposed_product",
@@ -142,12 +142,12 @@ def onednn_serves(multiplications: int, *operands: Tensor) -> bool:
     )
 
 
-def _plain(*operands: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether these are tensors of this dtype on the CPU as they seem: not compiled, not transformed, not of a
+def _plain(*operands: Tensor) -> bool:
+    """Whether these are float32 tensors on the CPU as they seem: not compiled, not transformed, not of a
     subclass, not under autocast."""
     return (
         _as_they_seem(*operands)
-        and all(t.dtype == dtype for t in operands)
+        and all(t.dtype == torch.float32 for t in operands)
         and not torch.is_autocast_enabled("cpu")
         and not transformed()
     )
@@ -236,11 +236,9 @@ def _few_rows_serve(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         fits
         and x.size(1) > 0
         and dtype in (torch.float32, torch.bfloat16)
-        and untouched(x, *parts)
         and not torch.is_autocast_enabled("cpu")
-        and x.is_cpu
-        and kernel.in_memory(x)
+        and kernel.direct(x, *parts)
         and x.stride(1) == 1
-        and all(t.is_cpu and t.dtype is dtype and kernel.in_memory(t) and t.is_contiguous() for t in parts)
+        and all(t.dtype is dtype and t.is_contiguous() for t in parts)
         and kernel.unavailable() is None
     )

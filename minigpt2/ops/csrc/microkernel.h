@@ -15,11 +15,7 @@
 namespace minigpt2 {
 
 constexpr int ROWS = 6;  // of a strip
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int PANEL = 4;  // vectors of columns of a strip. 32 registers: 6 x 4 sums, 4 loads, 1 broadcast
-#else
-constexpr int PANEL = 2;  // vectors of columns of a strip. 16 registers: 6 x 2 sums, 2 loads, 1 broadcast
-#endif
+constexpr int PANEL = REGISTERS / 8;  // vectors of columns of a strip: 6 sums and a load each, beside a broadcast
 
 // One strip of c += a b: R rows, NV vectors of columns, n words in the dimension k that is summed over. b lies across
 // its rows. Products (row i, k) on the wrong side of the diagonal are left out; k counts numbers, not words:

@@ -3,9 +3,8 @@
 // What bounds them is reading the weights once, and a general matrix product, made for many rows, does that far below
 // the rate of memory. Here all rows of x meet a weight while it is in a register or in L1, and weights are read in long
 // stretches, a few side by side, each asked for before it is needed: stretches are too short for the processor to see
-// them coming. What is added up, and in which order, depends on K alone, not on threads or on the
-// other rows. Weights and rows in bfloat16 are half the bytes to read; they are widened in registers, and sums are
-// float32.
+// them coming. What is added up, and in which order, depends on K alone, not on threads or on the other rows. Weights
+// and rows in bfloat16 are half the bytes to read; they are widened in registers, and sums are float32.
 
 #include <algorithm>
 #include <cstdint>
@@ -25,11 +24,7 @@ constexpr int FEW = 8;
 constexpr int CHUNKS = 8;         // into which the rows of w are cut, each with sums of its own
 constexpr int STREAMS = 8;        // rows of w read side by side
 constexpr int ROWS_A_TASK = 128;  // of a transposed w
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int SUMS = 16;  // vectors of them that stay in registers, of which there are 32
-#else
-constexpr int SUMS = 8;  // of 16
-#endif
+constexpr int SUMS = REGISTERS / 2;  // vectors of them that stay in registers
 
 // Asks for what will be read, so far ahead that L1 would have lost it again by then: into L2.
 template <int bytes> INLINE void prefetch(const void* p) {
