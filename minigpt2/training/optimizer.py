@@ -11,24 +11,61 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from minigpt2.model import GPT2
 from minigpt2.ops.adamw import DTYPES, Step, adamw_step
 from minigpt2.ops.products import bfloat16_unit
-from minigpt2.training.snapshot import full_tensor
+from minigpt2.training.shards import first_row, full_tensor, local_tensor, sharded
 
 __all__ = ["AdamW", "InBackward", "Optimizers", "make_optimizer", "muon_pays"]
 
+try:
+    from torch.optim._muon import muon
+except ImportError:  # before torch 2.9
+    muon: Any = None  # type: ignore[no-redef]
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-Muon: Any = getattr(torch.optim, "Muon", object)  # since torch 2.9
+
+class Stepper:
+    """Groups of parameters, of which each has its state from its first step on. PyTorch's class for that imports its
+    compiler, 145 MiB and a second; those that follow call the functions that PyTorch's optimizers are made of."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], **defaults: Any) -> None:
+        self.param_groups = [defaults | group for group in groups]
+        self.state: MutableMapping[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    def make_state(self, p: Tensor) -> None:
+        """The moments of a parameter that has none yet."""
+        if not self.state[p]:
+            self.state[p] = self._zeros(p)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the parameters that have a gradient."""
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            for p in moved:
+                self.make_state(p)
+            if moved:
+                self._move(moved, group)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def _zeros(self, p: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _move(self, moved: list[Tensor], group: dict[str, Any]) -> None:
+        raise NotImplementedError
 
 
-class AdamW:
-    """torch.optim.AdamW(groups, fused=True), the same to the bit and with the same state. That class imports PyTorch's
-    compiler, which takes 145 MiB and a second; this one calls the function that it is made of.
+class AdamW(Stepper):
+    """torch.optim.AdamW(groups, fused=True), the same to the bit and with the same state.
 
     With `moments` bf16 or 8bit those of matrices take half or a quarter of the memory (ops/adamw.py); those of vectors,
     which are few, stay as they are. A matrix has rows on one process only, with FSDP2, and each row is rounded by
@@ -44,28 +81,15 @@ class AdamW:
         weight_decay: float,
         moments: str = "fp32",
     ) -> None:
-        defaults: dict[str, Any] = {"betas": betas, "eps": 1e-8, "weight_decay": weight_decay}
-        self.param_groups = [defaults | group for group in groups]
+        super().__init__(groups, betas=betas, eps=1e-8, weight_decay=weight_decay)
         self.moments = moments
-        self.state: MutableMapping[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
-    def make_state(self, p: Tensor) -> None:
-        """The moments of a parameter that has none yet."""
-        if not self.state[p]:
-            self.state[p] = self._zeros(p)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Move the parameters that have a gradient."""
-        for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            for p in moved:
-                self.make_state(p)
-            if whole := [p for p in moved if not self._lowered(p)]:
-                self._fused(whole, group)
-            for p in filter(self._lowered, moved):
-                self._step_lowered(p, group)
+    def _move(self, moved: list[Tensor], group: dict[str, Any]) -> None:
+        if whole := [p for p in moved if not self._lowered(p)]:
+            self._fused(whole, group)
+        for p in filter(self._lowered, moved):
+            self._step_lowered(p, group)
 
     def _lowered(self, p: Tensor) -> bool:
         return self.moments != "fp32" and p.dim() == 2
@@ -82,24 +106,20 @@ class AdamW:
         state = self.state[p]
         state["step"] += 1
         number = int(state["step"])
-        first, second = (_local(state[key]) for key in MOMENTS)
-        scales = [_local(state[f"{key}_scale"]) for key in MOMENTS if f"{key}_scale" in state]
-        # Each process has as many rows as the first, but for the last ones.
-        first_row = (
-            p.device_mesh.get_local_rank() * -(-p.size(0) // p.device_mesh.size()) if isinstance(p, DTensor) else 0
-        )
+        first, second = (local_tensor(state[key]) for key in MOMENTS)
+        scales = [local_tensor(state[f"{key}_scale"]) for key in MOMENTS if f"{key}_scale" in state]
         beta1, beta2 = group["betas"]
         rates = Step(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], number)
         seed = (number * 0x9E3779B9 + self.numbers[p]) & 0xFFFFFFFF
         both = (scales[0], scales[1]) if scales else None
-        adamw_step(_local(p), _local(p.grad), (first, second), both, rates, seed, first_row)
+        adamw_step(local_tensor(p), local_tensor(p.grad), (first, second), both, rates, seed, first_row(p))
 
     def _fused(self, moved: list[Tensor], group: dict[str, Any]) -> None:
         adamw(
-            [_local(p) for p in moved],
-            [_local(p.grad) for p in moved if p.grad is not None],
-            [_local(self.state[p][MOMENTS[0]]) for p in moved],
-            [_local(self.state[p][MOMENTS[1]]) for p in moved],
+            [local_tensor(p) for p in moved],
+            [local_tensor(p.grad) for p in moved if p.grad is not None],
+            [local_tensor(self.state[p][MOMENTS[0]]) for p in moved],
+            [local_tensor(self.state[p][MOMENTS[1]]) for p in moved],
             [],
             [self.state[p]["step"] for p in moved],
             fused=True,
@@ -110,38 +130,34 @@ class AdamW:
             **{name: group[name] for name in ("lr", "weight_decay", "eps")},
         )
 
-    def zero_grad(self) -> None:
-        """Drop the gradients."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
 
+class BlockMuon(Stepper):
+    """torch.optim.Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/), with its defaults, for weights stored
+    (in, out): it takes them to be (out, in) and makes the step of one that widens larger, by the square root of out /
+    in. `matrices` of a group says how many matrices lie beside each other in a weight, as q, k and v do in c_attn: each
+    is orthogonalised for itself."""
 
-def _local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def _zeros(self, p: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(p)}
 
+    def _move(self, moved: list[Tensor], group: dict[str, Any]) -> None:
+        def pieces(tensors: Iterable[Any]) -> list[Tensor]:
+            return [piece for tensor in tensors for piece in tensor.mT.chunk(group["matrices"])]
 
-class BlockMuon(Muon):  # type: ignore[misc]
-    """torch.optim.Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) for weights stored (in, out): it takes
-    them to be (out, in) and makes the step of one that widens larger, by the square root of out / in. `matrices` of a
-    group says how many matrices lie beside each other in a weight, as q, k and v do in c_attn: each is orthogonalised
-    for itself."""
-
-    def make_state(self, p: Tensor) -> None:
-        """The moment of a parameter that has none yet."""
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-
-    def _init_group(
-        self, group: MutableMapping[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
-    ) -> bool:
-        for p in group["params"]:
-            if p.grad is not None:
-                self.make_state(p)
-                for tensors, tensor in ((params, p), (grads, p.grad), (buffers, self.state[p]["momentum_buffer"])):
-                    tensors.extend(tensor.mT.chunk(group["matrices"]))
-        return False  # whether any is complex
+        muon(
+            pieces(moved),
+            pieces(p.grad for p in moved),
+            pieces(self.state[p]["momentum_buffer"] for p in moved),
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            momentum=0.95,
+            nesterov=True,
+            ns_coefficients=(3.4445, -4.7750, 2.0315),
+            ns_steps=5,
+            eps=1e-7,
+            adjust_lr_fn=None,
+            has_complex=False,
+        )
 
 
 class Optimizers:
@@ -232,7 +248,7 @@ class InBackward(Optimizers):
 def muon_pays(device: torch.device) -> bool:
     """Whether this PyTorch has Muon, and the device multiplies bfloat16, in which Muon computes, as fast as float32 at
     least: elsewhere it can take several times as long as the rest of the step."""
-    return Muon is not object and (device.type == "cuda" or (device.type == "cpu" and bfloat16_unit() is not None))
+    return muon is not None and (device.type == "cuda" or (device.type == "cpu" and bfloat16_unit() is not None))
 
 
 def make_optimizer(
@@ -267,9 +283,9 @@ def make_optimizer(
     if kind == "muon":
         if moments != "fp32":
             raise ValueError(f"--moments {moments} is for --optimizer adamw, not muon")
-        if Muon is object:
+        if muon is None:
             raise ValueError(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; adamw does not")
-        if any(isinstance(p, DTensor) for p in outside):
+        if any(map(sharded, outside)):
             raise ValueError(
                 "--optimizer muon needs whole matrices, and fsdp shards them; take --parallel ddp, or adamw"
             )

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from minigpt2.device import pick_device
@@ -158,6 +157,8 @@ def distribute(
         ids = [processes.device.index] if processes.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
     if mode == "fsdp":
+        from torch.distributed.fsdp import fully_shard  # see shards.py
+
         mesh = init_device_mesh(processes.device.type, (processes.world,))
         for block in model.h:
             fully_shard(block, mesh=mesh)

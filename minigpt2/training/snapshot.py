@@ -20,16 +20,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minigpt2.files import flush, sha256_of
 from minigpt2.run_folder import FORMAT, MANIFEST, STATE, Snapshot, SnapshotError, candidates, newest
 from minigpt2.tokenizer import Tokenizer
+from minigpt2.training.shards import full_tensor, placed_like
 
 __all__ = [
     "Snapshot",
     "SnapshotError",
-    "full_tensor",
     "load_optimizer",
     "load_weights",
     "newest",
@@ -140,11 +139,6 @@ def set_random_state(states: Mapping[str, Any], device: torch.device) -> None:
         torch.mps.set_rng_state(state("mps"))
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is sharded over processes, each of which must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def weight_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """Every parameter under its name, gathered by all processes, one at a time, if it is sharded. Only processes that
     `keep` them get them, on the CPU; a tensor that is there already is not copied."""
@@ -174,7 +168,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     _check_fit({name: (p.shape, p.dtype) for name, p in parameters.items()}, tensors)
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(_placed_like(p, tensors[name]))
+            p.copy_(placed_like(p, tensors[name]))
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -187,14 +181,8 @@ def load_optimizer(model: nn.Module, optimizer: Any, tensors: Mapping[str, Tenso
             raise SnapshotError(f"the optimizer state {key} belongs to no parameter of this model")
         p = parameters[name]
         # A scalar, such as AdamW's count of steps, is not sharded.
-        state = value.to(p.device) if value.dim() == 0 else _placed_like(p, value)
+        state = value.to(p.device) if value.dim() == 0 else placed_like(p, value)
         optimizer.state[p][kind] = state
-
-
-def _placed_like(p: Tensor, value: Tensor) -> Tensor:
-    """`value` on p's device and sharded as p is."""
-    value = value.to(p.device)
-    return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
 
 
 def _check_fit(expected: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Mapping[str, Tensor]) -> None:

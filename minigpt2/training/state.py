@@ -18,6 +18,7 @@ from minigpt2.tokenizer import Tokenizer, get_tokenizer
 from minigpt2.training import snapshot
 from minigpt2.training.optimizer import Optimizers
 from minigpt2.training.parallel import Processes
+from minigpt2.training.shards import full_tensor
 
 __all__ = ["RunState", "check_order", "seed_of"]
 
@@ -102,7 +103,7 @@ class RunState:
     def weights_are_finite(self) -> bool:
         """Whether every weight is finite. Every process must call this."""
         largest = nn.utils.get_total_norm([p.detach() for p in self.model.parameters()], norm_type=math.inf)
-        return math.isfinite(float(snapshot.full_tensor(largest)))
+        return math.isfinite(float(full_tensor(largest)))
 
     def restore(self, saved: snapshot.Snapshot, earlier: Collection[str] = ()) -> None:
         """Go on from a snapshot; from the next epoch if it is of other data, which must be among the `earlier`

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from minigpt2.device import to_device
 from minigpt2.model import GPT2
@@ -89,8 +88,8 @@ def mean_loss(network: nn.Module, batches: Iterable[Batch], processes: Processes
         with autocast(device, precision):
             losses.append(network(to_device(x, device), to_device(y, device)))
         count += int((y != -100).sum())
-    if isinstance(network, FSDPModule):
-        network.reshard()  # a forward pass leaves the outermost group gathered, for the backward pass that did not come
+    if reshard := getattr(network, "reshard", None):  # FSDP2's
+        reshard()  # a forward pass leaves the outermost group gathered, for the backward pass that did not come
     network.train()
     own = [sum(torch.stack(losses).tolist()), count]
     loss_sum, count = processes.sum(torch.tensor(own, dtype=torch.float64)).tolist()

@@ -33,7 +33,7 @@ def test_every_weight_has_one_group_and_only_matrices_decay(kind: str) -> None:
         group = found[id(p)]
         in_block = name.startswith("h.") and p.dim() == 2
         assert (group["weight_decay"], group["lr"]) == (0.1 if p.dim() == 2 else 0.0, 0.02 if in_block else 3e-3), name
-        assert ("momentum" in group) == (kind == "muon" and in_block), name
+        assert ("matrices" in group) == (kind == "muon" and in_block), name
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_muon_is_the_default_where_bfloat16_is_fast(monkeypatch, unit: str | Non
 
 
 def test_without_muon_it_is_refused_by_name_and_never_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer, "Muon", object)
+    monkeypatch.setattr(optimizer, "muon", None)
     assert TrainConfig().resolved().optimizer == "adamw"
     with pytest.raises(ValueError, match=r"--optimizer muon needs torch 2.9 or newer, this is"):
         make_optimizer(model_with_gradients(), "muon", **RECIPE)
