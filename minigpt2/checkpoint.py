@@ -35,7 +35,7 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 def checkpoint(
     function: Callable[..., Tensor], *args: Any, contexts: Contexts | None = None, early_stop: bool = False
 ) -> Tensor:
-    """function(*args), of which the backward pass finds the tensors among `args` and runs the rest again.
+    """Call function(*args), of which only the tensors among `args` are kept: the backward pass runs it again.
 
     args: as the function wants them, a tensor first, on whose device it runs. With `early_stop` the second run ends
     once it has made the last tensor that the backward pass reads. The function must do the same both times, apart from
@@ -85,7 +85,8 @@ class _Frame:
         return slot
 
     def read(self, slot: _Slot) -> Tensor:
-        """What belongs into a slot, which is empty again afterwards: a graph is read once, or is run once more."""
+        """What belongs into a slot, which is empty again afterwards: a backward pass reads each once, and if it is
+        repeated the function runs once more."""
         if slot.tensor is None:
             self._fill()
         tensor, slot.tensor = slot.tensor, None
@@ -186,7 +187,7 @@ class Kept:
     """The results that a checkpoint keeps, so that the second run finds them here and does not make them again.
 
     `rule()` begins a run and returns what says of each operation in turn whether its result is kept. It must say the
-    same in both runs. A graph that is retained finds them once more.
+    same in both runs. With retain_graph=True the next backward pass finds the results too.
     """
 
     def __init__(self, rule: Callable[[], Callable[[Any], bool]]) -> None:

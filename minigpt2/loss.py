@@ -122,7 +122,7 @@ def chunk_shape(tokens: int, vocab: int, most: int | None = None) -> tuple[int, 
     return rows, -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
-# Defined by its schema: torch.library.custom_op would import the compiler, a second and 150 MiB, at the first call.
+# Defined by its schema: torch.library.custom_op would import the compiler (see checkpoint.py) at the first call.
 torch.library.define(
     "minigpt2::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor targets, Tensor? grad_losses, int ignore_index, int chunk_size, "
@@ -193,16 +193,16 @@ def _linear_cross_entropy(
 
 
 def _cross_entropy_(logits: Tensor, padded: Tensor, label: Tensor) -> Tensor:
-    """The losses of a chunk of logits (n, V), which become softmax less one-hot, by way of `padded` (n, V + padding):
-    where they lie, or float32's for lower precision."""
+    """Make d = softmax - onehot of a chunk of logits (n, V), in place, and return its losses (n,). `padded` (n, V +
+    padding) is the same memory with the columns that pad it or, for logits in lower precision, float32 to work in."""
     z = padded[:, : logits.size(1)]
     if z.dtype != logits.dtype:
         z.copy_(logits)
     padded[:, logits.size(1) :] = -torch.inf
     largest, logit = padded.amax(1), z.gather(1, label).squeeze(1)
     torch.softmax(padded, 1, out=padded)  # in place: a row is written when its maximum and sum are known
-    # The largest probability is exp(largest - logsumexp) and at least 1 / V, so that its logarithm is finite; the
-    # label's may not be. Without a second chunk, no other way to the logsumexp costs less than these two maxima.
+    # The largest probability is exp(largest - logsumexp), so logsumexp = largest - log(largest probability). That one
+    # is at least 1 / V, so its logarithm is finite; the label's may not be. No other way costs less than two maxima.
     losses = largest - padded.amax(1).log() - logit
     z.scatter_(1, label, z.gather(1, label) - 1)
     if z.dtype != logits.dtype:

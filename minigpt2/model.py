@@ -78,7 +78,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, the i-th: each half reads a normalised residual stream and adds to it."""
+    """A pre-norm transformer block, the i-th, which config.attention_scale may ask: each half reads a normalised
+    residual stream and adds to it."""
 
     def __init__(self, config: GPT2Config, i: int, backend: str) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class Block(nn.Module):
 
 
 class BlockStack(RecomputedStack):
-    """The L blocks, and the dial that says which of them run twice in the backward pass (recompute.py)."""
+    """The L blocks, and the dial that says which of them run again in the backward pass (recompute.py)."""
 
     def __init__(
         self, config: GPT2Config, *, checkpoint_every: int = 0, recompute: str = "block", attention: str = "auto"
@@ -206,8 +207,8 @@ class GPT2(Pretrained):
         cache: KVCache | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream after the last LayerNorm, (B, T, C), and the head's weight, (V, C), that makes logits of
-        it and through which its gradient comes."""
+        """The residual stream after the last LayerNorm, (B, T, C), and the head's weight, (V, C), to make logits of it
+        with: not `self.head`, since `embed` lets the gradients of the two uses of a tied weight share memory."""
         past = 0 if cache is None else cache.length
         check_input(self.config, input_ids, attention_mask, cache, position_ids)
         positions, mask = positions_and_mask(input_ids, attention_mask, past)

@@ -10,9 +10,9 @@ What else is kept is a second dial, `recompute`:
 - `"block"`: nothing.
 - `"keep-attention"`: the results of attention, so that it never runs twice; nor does the last product of a segment,
   whose result the backward pass does not read.
-- `"pointwise"`: in every block, recomputed by `checkpoint_every` or not, the results of attention and of the products,
-  so that only LayerNorm, GELU and dropout run twice: nearly free in time. A segment that is recomputed keeps its input
-  alone until then.
+- `"pointwise"`: in every block, also one that `checkpoint_every` does not recompute, the results of attention and of
+  the products, so that only LayerNorm, GELU and dropout run again: nearly free in time. A segment that is recomputed
+  keeps its input alone until its second run, and these results from then on.
 
 All three are one mechanism: a checkpoint (`minigpt2/checkpoint.py`) and a list of operations whose results it keeps. A
 recomputation sees the random state and the autocast of the first run, so that whatever is random inside a block repeats
@@ -76,7 +76,7 @@ def check_recompute(recompute: str) -> str:
 def segments(n_layer: int, checkpoint_every: int) -> list[Segment]:
     """The segments of a stack, first to last. `checkpoint_every=0` gives one segment that is not recomputed."""
     k = check_checkpoint_every(checkpoint_every, n_layer) or n_layer
-    starts = [0, *range(n_layer % k or k, n_layer, k)]
+    starts = [0, *range(n_layer % k or k, n_layer, k)]  # of 12 blocks at k = 5: 0, 2 and 7
     return [Segment(a, b, recomputed=b < n_layer) for a, b in zip(starts, [*starts[1:], n_layer], strict=True)]
 
 
@@ -124,8 +124,9 @@ def _in_turn(blocks: list[Callable[..., Tensor]], x: Tensor, *args: object) -> T
 
 def _checkpointed(function: Callable[..., Tensor], contexts: Callable[[], Contexts] | None, *args: object) -> Tensor:
     """Call function(*args), keeping `args` and the results that `contexts` keep; the rest is recomputed."""
-    # Without a list of results the whole function runs twice, with the hooks of the blocks. With one, the second run
-    # ends as soon as it has made what the backward pass reads, which is before the last product.
+    # Without a list of results the second run goes to the end, so that hooks that a user registered on a block are
+    # called as in the first. With one it ends at the last tensor to be saved: a product saves what it reads before it
+    # is made, so the last product is not made again.
     early_stop = contexts is not None
     if torch.compiler.is_compiling():
         from torch.utils import checkpoint as compiled
@@ -178,7 +179,8 @@ class _KeepLater:
     2. when the backward pass reaches the segment, which runs again: the results of the products are kept.
     3. when the backward pass reaches the block: what is cheap runs again, and finds those results.
 
-    The contexts of run 2 are made in run 2, and its second one is that of run 3, which belongs to run 1.
+    Run 3 repeats run 1, so its context is made before run 1, and is this object; but what it is to find is kept in run
+    2, which gives this object the context that finds it.
     """
 
     def __init__(self) -> None:

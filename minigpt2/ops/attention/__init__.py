@@ -1,7 +1,8 @@
 """Causal self-attention on the packed projection, with a choice of backends.
 
 `"eager"` is the definition (eager.py); `"sdpa"` is PyTorch's scaled_dot_product_attention; `"fused"` is this package's
-own kernel (fused.py; csrc/ on the CPU, gpu.py on CUDA); `"auto"` takes the one that was measured to be fastest.
+own kernel (fused.py; csrc/ on the CPU, gpu.py on CUDA); `"auto"` is fused on the CPU, where that was measured to be
+fastest, and sdpa elsewhere, where nothing was measured.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float = 0.0, *, scale: float | None = None
 ) -> Tensor:
     """softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), where `mask` (True = visible) broadcasts to (B, H, T, S),
-    and scale None stands for 1 / sqrt(D). q (B, H, T, D); k, v (B, H, S, D) -> (B, H, T, D).
+    and scale None stands for 1 / sqrt(D). q (B, H, T, D); k, v (B, H, S, D), S being T but for a cache -> (B, H, T, D).
     """
     scale = 1 / math.sqrt(q.size(-1) or 1) if scale is None else scale
     scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, T, S)

@@ -8,9 +8,9 @@ arXiv:2205.14135; Dao 2023, arXiv:2307.08691) but for lse, which they call L, an
     m, l         of a row: the largest score so far, and the sum of exp(S - m)
     O            the sum of exp(S - m) v so far    out     O / l when all keys were met
     lse          m + log l                         dX      the gradient of the loss with respect to X
+    Z            what dropout multiplies P by: 0, or 1 / (1 - p)
 
-These are for reading and for tests. `dropout` is a function of the numbers of rows and columns: what P is multiplied
-by.
+These are for reading and for tests. `dropout` gives Z for the indices of rows and of columns.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def in_tiles(
 
 
 def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dropout: Dropout = none) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the definition's three lines, last line first: dq, dk and dv. A row of softmax has the gradient
-    dS = P (dP - sum over the row of P dP)."""
+    """The gradients of the definition's three lines, last line first: dq, dk and dv. In a row of softmax dP_j / dS_k is
+    P_j ((1 if j = k, else 0) - P_k), so dS = P (dP - sum over the row of P dP)."""
     place, scale = torch.arange(len(q)), 1 / math.sqrt(q.size(1))
     P = (q @ k.T * scale).masked_fill(place[:, None] < place, -math.inf).softmax(1)
     Z = dropout(place, place)
@@ -117,8 +117,9 @@ def backward_in_tiles(
 
 def kept(seed: int, head: Tensor | int, rows: Tensor, columns: Tensor, p: float) -> Tensor:
     """Whether dropout keeps an element: a hash of its place and a seed, so that no mask is ever stored, and the
-    backward pass draws any tile of it again. csrc/dropout.h says which hash; here in int64 arithmetic cut to 32 bits.
-    """
+    backward pass draws any tile of it again. csrc/dropout.h says which hash, and whose; here in int64
+    arithmetic cut to 32 bits. One word serves two columns 16 apart, its low half the first: each is kept if its 16 bits
+    are at least p 2^16, rounded."""
     low = 0xFFFFFFFF
 
     def times(x: Tensor, constant: int) -> Tensor:  # mod 2^32 without leaving int64

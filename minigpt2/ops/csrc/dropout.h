@@ -8,7 +8,8 @@
 //                  x ^= x >> 15; x *= 0x846ca68b; x ^= x >> 16
 //   value(column): 16 bits of word(column / 32 * 16 + column % 16), the low if column % 32 < 16, else the high
 // and an element is kept where value >= round(p * 65536), so that the rate is p to within 1 / 131072. What is kept is
-// scaled by 1 / (1 - p), as PyTorch does.
+// scaled by 1 / (1 - p), as PyTorch does. mix is lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/);
+// 0x9e3779b9 is the fraction of the golden ratio, and 0x85ebca6b is from MurmurHash3.
 
 #pragma once
 
