@@ -25,15 +25,16 @@ import torch
 import tyro
 
 from minigpt2 import tune_allocator
-from minigpt2.command_line import complain, one_line_warnings, parsed, replace_unprintable
-from minigpt2.data.batches import Tokens, check_enough, open_corpus
+from minigpt2.command_line import complain, one_line_warnings, parsed, reader_left, replace_unprintable
+from minigpt2.data.batches import Tokens, check_enough, check_ids, open_corpus
+from minigpt2.device import is_out_of_memory
 from minigpt2.generate import sample_text
 from minigpt2.run_folder import BEST, SNAPSHOTS
 from minigpt2.tokenizer import Tokenizer
 from minigpt2.training import folder, snapshot
 from minigpt2.training.guards import NonFiniteError, Norms, stop_on_signals
 from minigpt2.training.metrics import Metrics, Speedometer, Steps, enough_steps, plot_losses
-from minigpt2.training.parallel import Processes, started
+from minigpt2.training.parallel import Processes, started, torchrun
 from minigpt2.training.precision import DTYPES, resolve_precision
 from minigpt2.training.settings import TrainConfig, chosen, command
 from minigpt2.training.state import seed_of
@@ -63,7 +64,8 @@ def train(trainer: Trainer, out: Path) -> int:
             try:
                 row = trainer.advance()
             except NonFiniteError as error:
-                trainer.save(out / SNAPSHOTS, config.keep)
+                if not trainer.partly_moved:
+                    trainer.save(out / SNAPSHOTS, config.keep)
                 raise NonFiniteError(f"{error}; {lower_rate(trainer, out)}") from None
             if warning := norms.warning(row, rates):
                 trainer.say(warning)
@@ -106,7 +108,10 @@ def read_settings() -> tuple[TrainConfig, folder.Record | None]:
     config = parsed(lambda: tyro.cli(TrainConfig))
     if not config.resume or config.out is None or (record := folder.read(config.out)) is None:
         return config, None
-    return parsed(lambda: tyro.cli(TrainConfig, default=record.config)), record
+    again = parsed(lambda: tyro.cli(TrainConfig, default=record.config))
+    if config.parallel is None and not torchrun():  # a run may go on in one process
+        again = dataclasses.replace(again, parallel=None)
+    return again, record
 
 
 def set_up(
@@ -122,11 +127,13 @@ def set_up(
     if config.tune_allocator and processes.device.type == "cpu":
         said.append(tune_allocator())
     torch.manual_seed(config.seed)
-    model, config = make_model(config, processes.device, saved.path if saved else None)
+    model, config = make_model(config, processes, saved.path if saved else None)
     tokenizer = tokenizer_of_run(config.init, config.data, model.config.vocab_size, out if record else None)
     place = folder.token_folder(config, out, record, tokenizer) if processes.main else Path()
     place = Path(processes.gather(str(place))[0])
     corpus = open_corpus(place, place, tokenizer=tokenizer)
+    if record is None or config.new_data:
+        check_ids(corpus, place, model.config.vocab_size)
     config = config.with_length(model.config.n_positions, corpus)
     check_enough(corpus, config.batch, config.length or 1, processes.world)
     trainer = Trainer(config, model, corpus, processes)
@@ -166,16 +173,16 @@ def finish(trainer: Trainer, record: folder.Record, out: Path) -> None:
         return
     folder.write(out, dataclasses.replace(record, finished=trainer.step))
     if trainer.stopped_early:
-        print(f"ended at step {trainer.step}: {trainer.stale} validations in a row were no better than the best")
-    print(f"saved {out}/model.safetensors")
+        trainer.say(f"ended at step {trainer.step}: {trainer.stale} validations in a row were no better than the best")
+    trainer.say(f"saved {out}/model.safetensors")
     if trainer.tokenizer is not None and (prompt := first_words(trainer.validation, trainer.tokenizer)):
-        print(f"continue a text with it: {command('--model', out, '--prompt', prompt, program='generate')}")
+        trainer.say(f"continue a text with it: {command('--model', out, '--prompt', prompt, program='generate')}")
     first = "those it began with: no validation was better than the first"
     best = f"in {out / BEST}" if (out / BEST).exists() else first
-    print(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
-    print(*filter(None, (enough_steps(out), plot_losses(out))), sep="\n")
+    trainer.say(f"the weights of the best validation loss, {trainer.best:.4f}, are {best}")
+    trainer.say("\n".join(filter(None, (enough_steps(out), plot_losses(out)))))
     if trainer.tokenizer is not None:
-        print("a sample of its text:\n" + sample_text(model.eval(), trainer.tokenizer, 200, trainer.config.seed))
+        trainer.say("a sample of its text:\n" + sample_text(model.eval(), trainer.tokenizer, 200, trainer.config.seed))
 
 
 def first_words(tokens: Tokens, tokenizer: Tokenizer, most: int = 3) -> str:
@@ -203,6 +210,11 @@ def run(config: TrainConfig, record: folder.Record | None, processes: Processes)
             return status
         except (NonFiniteError, snapshot.SnapshotError, OSError) as error:  # any other is a bug and shows its trace
             return complain(error, 1)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            less = "a smaller --batch, with --accumulate for as many tokens a step, or --memory-budget auto, takes less"
+            return complain(MemoryError(f"there is not enough memory for this; {less}"), 1)
 
 
 def main() -> int:
@@ -217,9 +229,14 @@ def main() -> int:
         except (ValueError, OSError) as error:
             return complain(error, 2)
         try:
-            return processes.ended(run(config, record, processes))
+            status = run(config, record, processes)
         except KeyboardInterrupt:
-            return processes.ended(130)
+            status = 130
+        try:
+            sys.stdout.flush()
+        except OSError:  # the weights are there; nobody reads what was said of them
+            reader_left()
+        return processes.ended(status)
 
 
 if __name__ == "__main__":

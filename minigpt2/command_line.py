@@ -100,5 +100,6 @@ def reader_left() -> int:
 
 def complain(error: Exception, status: int) -> int:
     """Say on standard error what is wrong, in one line, under the name of the program; return the exit status."""
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     return status

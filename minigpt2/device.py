@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minigpt2.torch_private import untouched
 
-__all__ = ["peak_bytes", "pick_device", "readable", "resident_bytes", "synchronize", "to_device"]
+__all__ = ["is_out_of_memory", "peak_bytes", "pick_device", "readable", "resident_bytes", "synchronize", "to_device"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -28,6 +28,11 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= counts.get(device.type, 0):
         raise ValueError(f"--device {name} is not available; there is {', '.join(there)}")
     return device
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was no memory for a tensor."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

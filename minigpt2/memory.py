@@ -8,9 +8,9 @@ R is one residual tensor (batch x length x n_embd elements). A live block keeps 
 and, beside those, the log-sum-exp of attention and the statistics of the LayerNorms. Where relu or tanh stand in the
 place of GELU, which read their result in the backward pass, c_fc's output is not among them. With
 `recompute="pointwise"` the outputs of LayerNorm and GELU are not kept, which leaves 10 R. Dropout keeps a seed. A
-recomputed segment keeps its input, 1 R, and with `"keep-attention"` another R a block. Under
-autocast all of these but the inputs of the LayerNorms are half as large; weights, their gradients, the optimizer's
-state and the residual stream stay float32.
+recomputed segment keeps its input, 1 R, and with `"keep-attention"` another R a block. Under autocast, which computes
+products in 16 bits, all of these but the inputs of the LayerNorms are half as large; weights, their gradients, the
+optimizer's state and the residual stream stay float32.
 
 The optimizer's own notches are Steppings: inside the backward pass there is one gradient at a time beside that of the
 head, which waits for the embedding's where the two are tied; and moments may take fewer bytes.
@@ -52,8 +52,8 @@ __all__ = [
 
 # What a process holds beside its tensors once it trains: code that was not touched before and buffers of the matrix
 # libraries; and PyTorch's compiler, with Triton where that is installed, which its optimizers import (not ours).
-# Measured with next to no tensors: 168 MiB in all with Triton, 96 without it.
-RUNTIME_BYTES = 24 * 2**20
+# Measured with next to no tensors: 20 MiB, and with the compiler 168 in all with Triton, 96 without it.
+RUNTIME_BYTES = 20 * 2**20
 COMPILER_BYTES = (144 if importlib.util.find_spec("triton") else 72) * 2**20
 
 RANDOM_STATE_BYTES = 5056
@@ -62,8 +62,8 @@ RANDOM_STATE_BYTES = 5056
 WORKSPACE_BYTES = 32 * 2**20
 
 # Allocations of unlike sizes leave holes between them, also in the arena of tune_allocator: the peaks of processes were
-# 2 to 7% above the bytes of their tensors, the most where most is recomputed (minigpt2 bench memory).
-PACKING = 1.045
+# 0 to 5% above the bytes of their tensors, the most where most is recomputed (minigpt2 bench memory).
+PACKING = 1.025
 
 # What "auto" leaves of the memory that is free, since a prediction may be so much too low.
 MARGIN = 0.05
@@ -76,7 +76,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 # Bytes of optimizer state for each byte of a parameter.
 OPTIMIZERS = {"adamw": 2, "muon": 2, "sgd-momentum": 1, "sgd": 0}
 
-# Bytes of an element of AdamW's moments of matrices, those that change no number first.
+# Bytes of an element of AdamW's moments of matrices; the first are exact.
 MOMENTS = {"fp32": 4, "bf16": 2, "8bit": 1}
 
 
@@ -200,7 +200,7 @@ def footprint(
     # ln_f's input and statistics; the gradients of the head and of what entered it; the token ids.
     activations = stack + size.R + size.statistics + size.R + size.head_weights + 16 * batch * length
 
-    def moments() -> Iterator[int]:
+    def instants() -> Iterator[int]:
         # The loss: ln_f's output is there too, and one chunk of logits.
         yield carried + activations + size.R + size.chunk
         # Backward. The head's gradient waits for that of the embedding, where they are tied, until the end; that of a
@@ -210,7 +210,9 @@ def footprint(
         for segment, kept_here in zip(reversed(cut), reversed(kept), strict=True):
             n = segment.stop - segment.start
             if segment.recomputed:
-                output = size.R if recompute == "block" else 0  # the others end before it is made
+                # "keep-attention" ends before the output is made; in a pointwise block what forward_extra has of GELU
+                # is gone by then.
+                output = size.R if recompute == "block" else 0
                 yield gradients + held + size.R + n * (size.block - kept_attention) + size.forward_extra + output
             # From here on the segment is live, and gives back a block for each it goes through.
             below = held - (kept_here if segment.recomputed else n * size.block)
@@ -226,7 +228,7 @@ def footprint(
         if not stepping.in_backward:
             yield weights  # the gradients; the optimizer works in place
 
-    tensors = weights + state + max(moments())
+    tensors = weights + state + max(instants())
     compiler = 0 if optimizer in ("adamw", "muon") else COMPILER_BYTES
     again = sum(s.stop - s.start for s in cut if s.recomputed)
     extra = again * (size.block_flops + (0 if kept_attention else size.attention_flops))
@@ -292,7 +294,7 @@ class _Sizes:
         rows_of_all = (
             config.n_layer * (3 * C + inner) + config.n_positions + V * (1 if config.tie_word_embeddings else 2)
         )
-        self.scales = rows_of_all * wide
+        self.scales = rows_of_all * wide  # of moments in 8 bits, one for each row of a matrix
         self.block_matrices = (4 * C * C + 2 * C * inner) * wide
         self.block_weights = self.block_matrices + (9 * C + inner) * wide
         self.head_weights = V * C * wide
@@ -310,9 +312,10 @@ class _Sizes:
         tokens = B * T
         self.block_flops = 2 * tokens * (4 * C * C + 2 * C * inner)
         self.last_product_flops = 2 * tokens * C * inner
-        self.attention_flops = 2 * tokens * T * C  # two products of T x D x T a head, half of it above the diagonal
+        # Two products of T x D x T a head, half of it above the diagonal; in the backward pass there are five.
+        self.attention_flops = 2 * tokens * T * C
         self.head_flops = 2 * tokens * V * C
-        self.pointwise_flops = tokens * (2 * 8 * C + 12 * inner)  # about 8 an element of LayerNorm, 12 of GELU
+        self.pointwise_flops = tokens * (2 * 8 * C + 12 * inner)  # an estimate: 8 an element of LayerNorm, 12 of GELU
 
 
 class Amount(int):
@@ -338,16 +341,17 @@ def parse_bytes(text: str) -> Amount:
     return amount
 
 
-def parse_budget(text: str, device: str) -> int:
+def parse_budget(text: str, device: str | torch.device) -> int:
     """The bytes that this process may hold in all (on CUDA, its tensors): those of `parse_bytes`, or for "auto" what it
     holds now and what the machine has free, less MARGIN. On the CPU the processes that torchrun started share what is
     free evenly. ValueError where there is nothing to ask."""
     if text != "auto":
         return parse_bytes(text)
-    if device == "cpu":
+    device = torch.device(device)
+    if device.type == "cpu":
         free, held = free_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), resident_bytes()
-    elif device == "cuda" and torch.cuda.is_available():
-        free, held = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
+    elif device.type == "cuda" and torch.cuda.is_available():
+        free, held = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
     else:
         raise ValueError(
             f"there is no {device} device here to say how much memory is free; give an amount, such as 4GiB"

@@ -21,6 +21,7 @@ __all__ = [
     "has_onednn",
     "hooked",
     "missing",
+    "muon",
     "onednn_linear",
     "onednn_weight_gradient",
     "traced",
@@ -45,6 +46,8 @@ GLOBAL_HOOKS = "torch.nn.modules.module._has_any_global_hook"
 # Without either, oneDNN makes no product.
 LINEAR = "torch.ops.mkldnn._linear_pointwise"
 WEIGHT_GRADIENT = "torch.ops.aten.mkldnn_linear_backward_weights"
+# Without it, there is no --optimizer muon.
+MUON = "torch.optim._muon.muon"
 
 NAMES = (
     FUNCTION_TRANSFORMS,
@@ -55,6 +58,7 @@ NAMES = (
     GLOBAL_HOOKS,
     LINEAR,
     WEIGHT_GRADIENT,
+    MUON,
 )
 """All of them but the mark of `constant_to_compiler`, without which a compiler breaks its graph."""
 
@@ -143,6 +147,11 @@ def onednn_weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     # Weights of PyTorch's own layers are (out, in): to have ours, input and gradient change places.
     gradient: Tensor = found(WEIGHT_GRADIENT)(x.to_mkldnn(), grad.to_mkldnn(), x, False)[0]
     return gradient
+
+
+def muon() -> Any:
+    """The function that torch.optim.Muon is made of, or None."""
+    return found(MUON)
 
 
 def constant_to_compiler(function: Callable[P, R]) -> Callable[P, R]:

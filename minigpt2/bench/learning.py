@@ -153,13 +153,14 @@ def bench_learning(
 def _prepared(config: TrainConfig, place: Path) -> TrainConfig:
     """The settings, complete, of a run that can take its steps; its tokens are made in `place` unless they are there.
     Raises ValueError for settings that do not fit, before anything runs."""
+    from minigpt2.training.parallel import Processes
     from minigpt2.training.trainer import make_model
     from minigpt2.training.vocabulary import tokenizer_of_run
 
     config.check()
     device = pick_device(config.device)
     config = replace(config.resolved(), precision=resolve_precision(config.precision, device))
-    model, config = make_model(config, device)
+    model, config = make_model(config, Processes(device=device))
     tokenizer = tokenizer_of_run(config.init, config.data, model.config.vocab_size)
     corpus = open_corpus(config.data, place, tokenizer=tokenizer, progress=True)
     config = config.with_length(model.config.n_positions, corpus)
@@ -196,7 +197,7 @@ def _train(config: TrainConfig, library: str, place: Path) -> Curve:
 
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    model: Any = make_model(config, device)[0]
+    model: Any = make_model(config, Processes(device=device))[0]
     if library == "transformers":
         model = _Theirs(model)
     elif device.type == "cpu":

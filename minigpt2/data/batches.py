@@ -28,6 +28,7 @@ __all__ = [
     "Corpus",
     "DataError",
     "check_enough",
+    "check_ids",
     "fingerprint",
     "gather",
     "in_order",
@@ -101,6 +102,14 @@ def check_enough(corpus: Corpus, batch: int, length: int, world: int = 1) -> Non
     if not fitting:
         raise DataError(f"{message}; more text is needed")
     raise DataError(f"{message}; with this data --batch {fitting} --length {shorter} would do")
+
+
+def check_ids(corpus: Corpus, folder: Path, vocab_size: int) -> None:
+    """Raise DataError for token files of `folder`, which this package has not made, with an id beyond the vocabulary.
+    This reads all of them."""
+    for name, tokens in zip((TRAIN, VALIDATION), corpus, strict=True):
+        if not (folder / META).exists() and (largest := int(tokens.max(initial=0))) >= vocab_size:
+            raise DataError(f"{folder / name}: token id {largest} is outside the vocabulary [0, {vocab_size})")
 
 
 def fingerprint(tokens: NDArray[Any]) -> str:

@@ -89,7 +89,7 @@ def read(out: Path) -> Record | None:
     init = config.init
     if init is not None and init not in OFFICIAL:
         init = str(_found(Path(init), out, record.nearby.get("init")))
-    record.config = dataclasses.replace(config, out=out, data=data, init=init, parallel=None)
+    record.config = dataclasses.replace(config, out=out, data=data, init=init)
     return record
 
 

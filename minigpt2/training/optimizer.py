@@ -16,14 +16,10 @@ from torch.optim.adamw import adamw
 from minigpt2.model import GPT2
 from minigpt2.ops.adamw import DTYPES, Step, adamw_step
 from minigpt2.ops.products import bfloat16_unit
+from minigpt2.torch_private import muon
 from minigpt2.training.shards import first_row, full_tensor, local_tensor, sharded
 
 __all__ = ["AdamW", "InBackward", "Optimizers", "make_optimizer", "muon_pays"]
-
-try:
-    from torch.optim._muon import muon
-except ImportError:  # before torch 2.9
-    muon: Any = None  # type: ignore[no-redef]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -144,7 +140,7 @@ class BlockMuon(Stepper):
         def pieces(tensors: Iterable[Any]) -> list[Tensor]:
             return [piece for tensor in tensors for piece in tensor.mT.chunk(group["matrices"])]
 
-        muon(
+        muon()(
             pieces(moved),
             pieces(p.grad for p in moved),
             pieces(self.state[p]["momentum_buffer"] for p in moved),
@@ -248,7 +244,7 @@ class InBackward(Optimizers):
 def muon_pays(device: torch.device) -> bool:
     """Whether this PyTorch has Muon, and the device multiplies bfloat16, in which Muon computes, as fast as float32 at
     least: elsewhere it can take several times as long as the rest of the step."""
-    return muon is not None and (device.type == "cuda" or (device.type == "cpu" and bfloat16_unit() is not None))
+    return muon() is not None and (device.type == "cuda" or (device.type == "cpu" and bfloat16_unit() is not None))
 
 
 def make_optimizer(
@@ -283,8 +279,9 @@ def make_optimizer(
     if kind == "muon":
         if moments != "fp32":
             raise ValueError(f"--moments {moments} is for --optimizer adamw, not muon")
-        if muon is None:
-            raise ValueError(f"--optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; adamw does not")
+        if muon() is None:
+            there = f"torch {torch.__version__} has no Muon where torch 2.10 to 2.14 have it"
+            raise ValueError(f"{there}; take --optimizer adamw")
         if any(map(sharded, outside)):
             raise ValueError(
                 "--optimizer muon needs whole matrices, and fsdp shards them; take --parallel ddp, or adamw"

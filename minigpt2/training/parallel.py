@@ -25,7 +25,16 @@ from minigpt2.device import pick_device
 from minigpt2.model import GPT2
 from minigpt2.ops import kernel
 
-__all__ = ["LossSum", "Processes", "compiled", "distribute", "fsdp_unavailable", "started", "unsynchronised"]
+__all__ = [
+    "LossSum",
+    "Processes",
+    "compiled",
+    "distribute",
+    "fsdp_unavailable",
+    "started",
+    "torchrun",
+    "unsynchronised",
+]
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,15 @@ class Processes:
         self.highest(0)
 
 
+def torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+
+
 @contextmanager
 def started(device: str) -> Iterator[Processes]:
     """This process among those that torchrun started, or alone. Raises ValueError for a device that is not there."""
-    if not os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE"}:
+    if not torchrun():
         yield Processes(device=pick_device(device))
         return
     rank, local, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -95,6 +109,8 @@ def started(device: str) -> Iterator[Processes]:
     if picked.type == "mps":
         raise ValueError("many processes cannot share an MPS device; use --device cpu")
     if picked.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started process {local + 1} here, for {torch.cuda.device_count()} GPUs")
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
     # Values on the CPU, such as whether to stop, travel by gloo even where the gradients go by NCCL.

@@ -278,9 +278,11 @@ def command(*settings: object, program: str | None = None) -> str:
     else:
         words = [_python(), sys.argv[0]]
     if program is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        words = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"], *words[words[0] == _python() :]]
-        if words[3:] == ["minigpt2", "train"]:
-            words.insert(3, "-m")
+        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        if (nodes := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":  # the same command on each
+            start += ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
+        words = words[words[0] == _python() :]
+        words = [*start, *["-m"] * (words == ["minigpt2", "train"]), *words]
     return shlex.join([*words, *map(str, settings)])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +59,15 @@ class RunState:
         """The tokenizer's fingerprint."""
         return None if self.tokenizer is None else self.tokenizer.fingerprint
 
+    partly_moved = False
+    """Whether the step that failed has moved a part of the weights."""
+
     def say(self, message: str) -> None:
-        """Print beside the progress bar, once for all processes."""
+        """Print beside the progress bar, once for all processes; a run goes on where nobody reads it any more."""
         if self.processes.main:
-            tqdm.write(message)
+            with suppress(OSError):
+                tqdm.write(message)
+                sys.stdout.flush()
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer's files, if it is known."""

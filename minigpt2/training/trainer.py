@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,17 @@ def schedule(step: int, warmup: int, max_steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_model(config: TrainConfig, device: torch.device, saved: Path | None = None) -> tuple[GPT2, TrainConfig]:
+def make_model(config: TrainConfig, processes: Processes, saved: Path | None = None) -> tuple[GPT2, TrainConfig]:
     """The model to train, in training mode on its device: a fresh one, that of --init, or one of the shape that the
     config.json of a snapshot, `saved`, says. And the settings, with how the optimizer steps if --memory-budget chose
-    it."""
+    it. Every process must call this."""
+    device = processes.device
     if config.optimizer_in_backward and (found := config.needing_all_gradients):
         raise ValueError(f"--optimizer-in-backward cannot be combined with {', '.join(found)}")
+    if config.compile:
+        torch.compiler.reset()  # which imports the compiler, for the next line to count
+    if config.parallel == "fsdp":
+        importlib.import_module("torch.distributed.fsdp")
     baseline = resident_bytes() if device.type == "cpu" else 0
     if config.memory_budget is None or saved is not None:  # a run keeps the moments that it began with
         config = dataclasses.replace(config, moments=config.moments or "fp32")
@@ -65,32 +71,36 @@ def make_model(config: TrainConfig, device: torch.device, saved: Path | None = N
     if length > model.config.n_positions:
         raise ValueError(f"--length {length} exceeds the model's context length {model.config.n_positions}")
     if config.memory_budget is not None:
-        notch = within_budget(config, model.config, length, device.type, baseline)
-        model.checkpoint_every, model.recompute = notch.checkpoint_every, notch.recompute
-        chosen: dict[str, Any] = {
-            "moments": notch.stepping.moments,
-            "optimizer_in_backward": notch.stepping.in_backward,
-        }
-        config = dataclasses.replace(config, **chosen)
+        notch = within_budget(config, model.config, length, processes, baseline)
+        # Each process has its own memory, and all must take the same steps: those that fit everywhere.
+        mine: list[Any] = [notch.peak, notch.checkpoint_every, notch.recompute, *notch.stepping]
+        _, model.checkpoint_every, model.recompute, moments, inside = min(processes.gather(mine))
+        config = dataclasses.replace(config, moments=moments, optimizer_in_backward=inside)
     resolve_backend(config.attention, device.type, DTYPES[config.precision], model.config.head_dim)  # or raise
     return model.to(device).train(), config
 
 
-def within_budget(config: TrainConfig, shape: GPT2Config, length: int, device: str, baseline: int) -> memory.Footprint:
-    """The notch that --memory-budget chooses for a model of that shape, in a process that holds `baseline` bytes."""
+def within_budget(
+    config: TrainConfig, shape: GPT2Config, length: int, processes: Processes, baseline: int
+) -> memory.Footprint:
+    """The notch that --memory-budget chooses for a model of that shape, in a process that holds `baseline` bytes. Of
+    fsdp it does not count what sharding saves."""
+    device = processes.device
     limit = memory.parse_budget(config.memory_budget or "auto", device)
+    rows = -(-config.batch // processes.world)
     ways = memory.steppings(config.optimizer or "adamw", in_backward=not config.needing_all_gradients)
     ways = [way for way in ways if way.in_backward or not config.optimizer_in_backward]
     ways = [way for way in ways if config.moments in (None, way.moments)]
     settings: dict[str, Any] = {name: getattr(config, name) for name in ("accumulate", "precision", "optimizer")}
-    found = notches(shape, config.batch, length, ways, device=device, **settings)
+    found = notches(shape, rows, length, ways, device=device.type, **settings)
     try:
         notch = fastest_that_fits(found, limit, baseline)
     except ValueError as error:
         if config.optimizer != "muon" or config.moments is not None:
             raise
         raise ValueError(f"{error}; --optimizer adamw, whose moments --moments can keep in less, may") from None
-    print(f"{notch.dials}:", memory.format_bytes(notch.peak + baseline), "expected of", memory.format_bytes(limit))
+    if processes.main:
+        print(f"{notch.dials}:", memory.format_bytes(notch.peak + baseline), "expected of", memory.format_bytes(limit))
     return notch
 
 
@@ -131,7 +141,8 @@ class Trainer(RunState):
             snapshot.set_random_state(random_state, self.device)
             message = f"step {self.step + 1}: the loss is {loss}, the norm of the gradient {norm}; "
             message += culprit(self.model, *step)
-            if self.optimizer.moved:
+            self.partly_moved = self.optimizer.moved > 0
+            if self.partly_moved:
                 message += f"; {self.optimizer.moved} parameters had moved by then, and the others have not"
             self.optimizer.zero_grad()
             if self.config.on_nonfinite == "stop":

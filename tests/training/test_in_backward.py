@@ -239,7 +239,7 @@ def test_it_refuses_ddp(inputs: list[str], tmp_path: Path) -> None:
 
 
 def test_a_run_stops_at_a_gradient_that_is_not_finite(run, at_step, tmp_path: Path) -> None:
-    """With a snapshot of what is there: weights that are finite."""
+    """And names the snapshot before it: of weights of which a part has moved there is none."""
 
     def spoil(trainer: object) -> None:
         trainer.model.h[0].mlp.c_proj.bias.register_hook(lambda grad: grad * torch.nan)  # type: ignore[attr-defined]
@@ -247,4 +247,5 @@ def test_a_run_stops_at_a_gradient_that_is_not_finite(run, at_step, tmp_path: Pa
     at_step(6, spoil)
     said = run(tmp_path, **RUN, status=1)
     assert "parameters had moved by then, and the others have not" in said
-    assert "there is a snapshot from before, of step 5" in said
+    assert "there is a snapshot from before, of step 4" in said
+    assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["step-00000000", "step-00000004"]

@@ -9,14 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import arguments, curve, environment, rows, run_here
+from tiny_runs import ROOT, arguments, curve, environment, rows, run_here
 
 import train
 from minigpt2 import GPT2, frontier
 from minigpt2.__main__ import main
 from minigpt2.device import resident_bytes
+from minigpt2.training.parallel import Processes
+from minigpt2.training.settings import command
 from minigpt2.training.trainer import schedule
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "length": 16, "batch": 4, "warmup": 2}
@@ -117,12 +120,12 @@ def test_accumulation_gives_the_step_of_one_large_batch(
 def test_a_memory_budget_chooses_the_fastest_notch_that_fits(fresh, tmp_path: Path) -> None:
     assert "checkpoint_every=0, recompute='block'" in fresh(tmp_path, max_steps=1, memory_budget="100GiB")
     config = train.TrainConfig(n_layer=4, n_head=2, n_embd=64, batch=64, length=512).resolved()
-    free, _ = train.make_model(config, torch.device("cpu"))
+    free, _ = train.make_model(config, Processes())
     found = frontier.notches(free.config, 64, 512)
     budget = resident_bytes() + (found[0].peak + found[-1].peak) // 2
 
     def choice(**settings: object) -> tuple[GPT2, train.TrainConfig]:
-        return train.make_model(dataclasses.replace(config, memory_budget=str(budget), **settings), torch.device("cpu"))
+        return train.make_model(dataclasses.replace(config, memory_budget=str(budget), **settings), Processes())
 
     tight, chosen = choice(optimizer="muon", accumulate=2)
     assert (tight.checkpoint_every, tight.recompute) != (0, "block")
@@ -179,3 +182,59 @@ def test_a_run_is_never_overwritten(finished: tuple[Path, str], fresh) -> None:
     before = (finished[0] / "metrics.jsonl").read_bytes()
     assert "already holds a run" in fresh(finished[0], status=2)
     assert (finished[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_all_processes_take_the_notch_that_fits_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each counts its own part of a batch, and another may have less memory."""
+    config = train.TrainConfig(n_layer=4, n_head=2, n_embd=64, batch=64, length=512, optimizer="adamw").resolved()
+    config = dataclasses.replace(config, memory_budget=str(resident_bytes() + 300 * 2**20))
+    tight = [1, 2, "keep-attention", "8bit", True]
+    with monkeypatch.context() as patch:
+        patch.setattr(Processes, "gather", lambda _, mine: [mine, tight])
+        model, chosen = train.make_model(config, Processes())
+    assert (model.checkpoint_every, model.recompute) == (2, "keep-attention")
+    assert (chosen.moments, chosen.optimizer_in_backward) == ("8bit", True)
+    monkeypatch.setattr(Processes, "gather", lambda _, mine: [mine])
+    alone, quarter = (train.make_model(config, Processes(world=world))[0] for world in (1, 4))
+    assert (alone.checkpoint_every > 0, quarter.checkpoint_every) == (True, 0)
+
+
+def test_ids_beyond_the_vocabulary_are_found_before_the_run(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    for name, largest in (("train.bin", 50256), ("val.bin", 50257)):
+        np.array([0] * 4000 + [largest], dtype="<u2").tofile(tokens / name)
+    said = run_here(*arguments(TINY | {"data": tokens, "out": tmp_path / "run"}), status=2)
+    assert said == f"train.py: {tokens / 'val.bin'}: token id 50257 is outside the vocabulary [0, 50257)\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_enough_memory_the_message_says_what_takes_less(fresh, tmp_path: Path, monkeypatch) -> None:
+    def advance(_: train.Trainer) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(train.Trainer, "advance", advance)
+    said = fresh(tmp_path / "run", status=1, max_steps=1)
+    assert "there is not enough memory for this; a smaller --batch, with --accumulate for as many" in said
+
+
+def test_a_run_goes_on_when_nobody_reads_it_any_more(text: Path, tmp_path: Path) -> None:
+    out, steps = tmp_path / "run", {"max_steps": 3, "eval_every": 1}
+    words = [sys.executable, "-u", "train.py", *arguments(TINY | steps | {"data": text, "out": out})]
+    with subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.wait(100) == 0, process.stderr.read()
+    assert (out / "model.safetensors").exists()
+
+
+def test_the_command_to_go_on_is_that_of_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert command("--out", "a") == "torchrun --nproc-per-node 4 train.py --out a"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    meet = "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+    assert command("--out", "a") == f"torchrun --nproc-per-node 4 {meet} train.py --out a"
