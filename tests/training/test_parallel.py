@@ -84,6 +84,14 @@ def test_a_snapshot_of_one_process_resumes_on_two(single: Path, tmp_path: Path) 
     check_alike(out, single)
 
 
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_sharded(sharded: Path, single: Path, tmp_path: Path) -> None:
+    """The command that a stopped run prints names no --parallel."""
+    out = rewound(sharded, tmp_path / "run")
+    assert "cpu x 2 (fsdp)" in launch("--out", str(out), "--resume", processes=2)
+    check_alike(out, single)
+
+
 def test_snapshots_do_not_depend_on_the_processes(sharded: Path, single: Path) -> None:
     ours, expected = newest(sharded / "snapshots")[0], newest(single / "snapshots")[0]
     assert ours is not None
