@@ -117,9 +117,9 @@ def backward_in_tiles(
 
 def kept(seed: int, head: Tensor | int, rows: Tensor, columns: Tensor, p: float) -> Tensor:
     """Whether dropout keeps an element: a hash of its place and a seed, so that no mask is ever stored, and the
-    backward pass draws any tile of it again. csrc/dropout.h says which hash, and whose; here in int64
-    arithmetic cut to 32 bits. One word serves two columns 16 apart, its low half the first: each is kept if its 16 bits
-    are at least p 2^16, rounded."""
+    backward pass draws any tile of it again. csrc/dropout.h says which hash, and whose; here in int64 arithmetic cut to
+    32 bits. A word serves two columns 16 apart, its low half the first: each is kept if its 16 bits are at least p 2^16
+    (rounded)."""
     low = 0xFFFFFFFF
 
     def times(x: Tensor, constant: int) -> Tensor:  # mod 2^32 without leaving int64
