@@ -32,12 +32,14 @@
 #include <cstring>
 #include <limits>
 
+#include "copies.h"
 #include "dropout.h"
 #include "interface.h"
 #include "microkernel.h"
 #include "operand.h"
 #include "simd.h"
 #include "tasks.h"
+#include "tiles.h"
 
 using namespace minigpt2;
 
@@ -45,54 +47,10 @@ namespace {
 
 // Bytes are those of float32 at D = 64. Where bfloat16 is multiplied, which takes half of them, tiles and bands of the
 // backward pass are twice as long.
-constexpr int KEYS = MASK_COLUMNS;  // of a tile: a strip of scores is 1.5 KB, K^T and V of a tile 16 KB each
 constexpr int QUERY_BAND = 384;     // forward: query rows that share one copy of a key tile; q and O take 192 KB of L2
 constexpr int QUERY_TILE = 48;      // backward: P and dS of a tile, 12 KB each, stay in L1 with one more operand
 constexpr int KEY_BAND = 384;       // backward: keys between two visits to a query row; 5 buffers of 96 KB in L2
 constexpr int MIN_BAND = 192;       // the smallest band: a multiple of KEYS, of 2 QUERY_TILE and of ROWS
-
-// Copying tiles.
-
-// to (padded x D, along its rows) = rows of from, then zeros.
-template <class W, class S> void copy_along(W* to, const S* from, int64_t stride, int rows, int padded, int D) {
-  const int words = D / DEPTH<W>;
-  for (int i = 0; i < rows; i++, to += words, from += stride) {
-    if constexpr (DEPTH<W> == 2)
-      std::memcpy(to, from, sizeof(S) * D);
-    else
-      for (int d = 0; d < D; d += LANES<W>) store(to + d, load_as<W>(from + d));
-  }
-  std::memset(to, 0, sizeof(W) * size_t(padded - rows) * words);
-}
-
-// The same, across its rows; padded is a multiple of DEPTH.
-template <class W, class S> void copy_across(W* to, const S* from, int64_t stride, int rows, int padded, int D) {
-  constexpr int depth = DEPTH<W>;
-  int i = 0;
-  for (; i < rows; i += depth, to += D, from += depth * stride)
-    for (int d = 0; d < D; d += LANES<W>)
-      store(to + d, load_across<W>(from + d, i + 1 < rows ? from + stride + d : nullptr));
-  std::memset(to, 0, sizeof(W) * size_t((padded - i) / depth) * D);
-}
-
-// to (D x KEYS, across its rows) = scale * the transpose of up to KEYS rows of from, then zeros. Pairs take no scale:
-// it would round them.
-template <class W, class S>
-void copy_transposed(W* to, const S* from, int64_t stride, int rows, int D, [[maybe_unused]] Sum<W> scale) {
-  constexpr int n = LANES<W>, depth = DEPTH<W>;
-  const int words = D / depth;
-  for (int key = 0; key < KEYS; key += n)
-    for (int d = 0; d < words; d += n) {
-      Vec<W> square[n];
-      UNROLL for (int i = 0; i < n; i++)
-        square[i] = key + i < rows ? load_along<W>(from + (key + i) * stride + d * depth, words - d) : Vec<W>{};
-      if constexpr (depth == 1)
-        UNROLL for (int i = 0; i < n; i++) square[i] *= scale;
-      transpose<W>(square);
-      UNROLL for (int i = 0; i < n; i++)
-        if (depth == 1 || d + i < words) store(to + (d + i) * KEYS + key, square[i]);
-    }
-}
 
 // Scores without their scale, which K^T takes where it can.
 template <class W> INLINE Vec<Sum<W>> scaled(Vec<Sum<W>> scores, Sum<W> scale) {
@@ -118,14 +76,14 @@ template <class S> struct Head {  // where one head's rows lie
 // The softmax of one strip against one tile of keys, from scores s to dropout(P) in p. m, l and factor are the strip's
 // running maxima (of s), sums (by lane) and factors of rescaling. With `edge`, row i sees columns up to diagonal + i.
 // Returns whether a maximum grew.
-template <class W, bool edge, class A = Sum<W>>
+template <class W, int R, bool edge, class A = Sum<W>>
 INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, Vec<A>* l, A* factor,
                           const Dropout& dropout, const uint32_t (*keys)[2], int64_t first_column) {
   constexpr int n = LANES<A>;
-  constexpr int strip_lanes = (ROWS + n - 1) / n * n;
+  constexpr int strip_lanes = (R + n - 1) / n * n;
   alignas(64) A shift[strip_lanes] = {};
   bool grew = false;
-  for (int i = 0; i < ROWS; i++) {
+  for (int i = 0; i < R; i++) {
     Vec<A> high = splat(m[i]);
     UNROLL for (int j = 0; j < KEYS; j += n) {
       if (edge && j >= columns) break;
@@ -143,7 +101,7 @@ INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, 
   }
   if (grew)
     UNROLL for (int i = 0; i < strip_lanes; i += n) store(factor + i, exp_negative(scaled<W>(load(shift + i), scale)));
-  for (int i = 0; i < ROWS; i++) {
+  for (int i = 0; i < R; i++) {
     IntVec<A> mask[KEYS / n] = {};
     if (dropout.active) dropout.mask<A>(mask, keys[i], first_column);
     Vec<A> sum = grew ? l[i] * factor[i] : l[i];
@@ -159,23 +117,23 @@ INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, 
 }
 
 // Query rows first_row ... first_row + rows of one head.
-template <class S, class A>
+template <class S, class A, bool tiles>
 void forward_band(const Shape& shape, const Head<const S>& in, S* out, A* lse, int64_t head, int64_t first_row,
                   int rows, const Dropout& dropout) {
   using W = Operand<S, A>;
-  constexpr int n = LANES<A>, depth = DEPTH<W>;
-  const int D = shape.D, padded = round_up(rows, ROWS);
+  constexpr int n = LANES<A>, depth = DEPTH<W>, R = tiles ? BLOCK : ROWS;
+  const int D = shape.D, padded = round_up(rows, R);
   const A scale = A(shape.scale);
-  scratch.reserve(sizeof(A) * (size_t(padded) * (2 * D + n + 3) + 2 * KEYS * D + ROWS * (2 * KEYS + n)) + 16 * 64);
+  scratch.reserve(sizeof(A) * (size_t(padded) * (2 * D + n + 3) + 2 * KEYS * D + R * (2 * KEYS + n)) + 16 * 64);
   W* q = scratch.take<W>(size_t(padded) * D / depth);
   A* O = scratch.take<A>(size_t(padded) * D);
   W* k_transposed = scratch.take<W>(KEYS * D / depth);
   W* v = scratch.take<W>(KEYS * D / depth);
-  A* s = scratch.take<A>(ROWS * KEYS);
+  A* s = scratch.take<A>(R * KEYS);
   W* p;
   if constexpr (depth == 1) p = s;
-  else p = scratch.take<W>(ROWS * KEYS / depth);
-  A* factor = scratch.take<A>(ROWS * n);
+  else p = scratch.take<W>(R * KEYS / depth);
+  A* factor = scratch.take<A>(R * n);
   A* m = scratch.take<A>(padded);
   Vec<A>* l = scratch.take<Vec<A>>(padded);
   auto keys = scratch.take<uint32_t[2]>(padded);
@@ -190,20 +148,22 @@ void forward_band(const Shape& shape, const Head<const S>& in, S* out, A* lse, i
     const int tile_keys = int(std::min<int64_t>(KEYS, shape.T - first_key));
     copy_transposed(k_transposed, in.k + first_key * in.stride, in.stride, tile_keys, D, scale);
     copy_across(v, in.v + first_key * in.stride, in.stride, tile_keys, KEYS, D);
-    const int above = int(std::max<int64_t>(0, first_key - first_row)) / ROWS * ROWS;  // rows that see none of the tile
-    for (int i = above; i < padded; i += ROWS) {
+    const int above = int(std::max<int64_t>(0, first_key - first_row)) / R * R;  // rows that see none of the tile
+    const bool exact =  // see seen_product
+        tiles && first_key + KEYS > first_row && !finite<A>(in.v + first_key * in.stride, in.stride, tile_keys, D);
+    for (int i = above; i < padded; i += R) {
       const int diagonal = int(std::min<int64_t>(first_row + i - first_key, KEYS));
       const bool edge = diagonal < KEYS - 1;
-      const int columns = edge ? std::min(KEYS, round_up(diagonal + ROWS, n)) : KEYS;
-      strip_product<W, ROWS, Walk::rows>(s, KEYS, q + i * D / depth, D / depth, k_transposed, KEYS, columns, D / depth,
-                                         BELOW, Into::empty);
+      const int columns = edge ? std::min(KEYS, round_up(diagonal + R, tiles ? BLOCK : n)) : KEYS;
+      whole_product<W, R, tiles>(s, KEYS, q + i * D / depth, D / depth, k_transposed, KEYS, columns, D / depth);
       auto softmax = [&](auto at_edge) {
-        return softmax_strip<W, at_edge()>(s, p, columns, diagonal, scale, m + i, l + i, factor, dropout, keys + i,
-                                           first_key);
+        return softmax_strip<W, R, at_edge()>(s, p, columns, diagonal, scale, m + i, l + i, factor, dropout, keys + i,
+                                              first_key);
       };
       const bool grew = edge ? softmax(std::true_type{}) : softmax(std::false_type{});
       const Into into = first_key == 0 ? Into::empty : grew ? Into::rescaled : Into::sum;
-      strip_product<W, ROWS, Walk::rows>(O + i * D, D, p, KEYS / depth, v, D, D, KEYS / depth, diagonal, into, factor);
+      seen_product<W, R, tiles>(O + i * D, D, p, KEYS / depth, v, D, D, columns / depth, diagonal, into, factor,
+                                exact && edge);
     }
   }
 
@@ -227,8 +187,11 @@ void forward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t 
     const int64_t head = task / bands, first_row = (bands - 1 - task % bands) * band;  // the longest first
     const Head<const S> in(static_cast<const S*>(qkv), batch_stride, row_stride, shape, head);
     S* to = static_cast<S*>(out) + (head / shape.H * shape.T * shape.H + head % shape.H) * shape.D;
-    forward_band<S, A>(shape, in, to, static_cast<A*>(lse) + head * shape.T, head, first_row,
-                       int(std::min<int64_t>(band, shape.T - first_row)), dropout);
+    auto run = [&](auto tiles) {
+      forward_band<S, A, tiles()>(shape, in, to, static_cast<A*>(lse) + head * shape.T, head, first_row,
+                                  int(std::min<int64_t>(band, shape.T - first_row)), dropout);
+    };
+    with_tiles<Operand<S, A>>(shape.D, run);
   });
 }
 
@@ -248,12 +211,12 @@ struct Part {  // what a pass over one head computes
   int64_t first_key, end_key, first_row, end_row;
 };
 
-template <class S, class A>
+template <class S, class A, bool tiles>
 void backward_head(const Shape& shape, const Part& part, const Head<const S>& in, const Head<S>& grad,
                    const S* grad_out, int64_t grad_out_stride, const S* out, const A* lse_of_row, int64_t head,
                    int band, const Dropout& dropout) {
   using W = Operand<S, A>;
-  constexpr int n = LANES<A>, depth = DEPTH<W>;
+  constexpr int n = LANES<A>, depth = DEPTH<W>, R = tiles ? BLOCK : ROWS;
   constexpr int query_tile = QUERY_TILE * depth;
   constexpr bool one_layout = depth == 1;  // along and across are the same
   const int D = shape.D;
@@ -263,20 +226,20 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
   // written.
   const A keep_scale = A(dropout.active ? dropout.keep_scale : 1), ds_scale = scale * keep_scale;
   band = std::min(band, round_up(T, KEYS));
-  scratch.reserve(sizeof(A) * (size_t(band) * D * 5 + query_tile * (5 * D + 3 * KEYS + 4) + 2 * ROWS * KEYS) +
+  scratch.reserve(sizeof(A) * (size_t(band) * D * 5 + query_tile * (5 * D + 3 * KEYS + 4) + 2 * R * KEYS) +
                   24 * 64);
   W* k_transposed = scratch.take<W>(size_t(band) * D / depth);  // tile after tile, D x KEYS each
   W* v_transposed = scratch.take<W>(size_t(band) * D / depth);
   W* k = scratch.take<W>(size_t(band) * D / depth);
-  A* dk = scratch.take<A>(size_t(band) * D);
+  A* dk = scratch.take<A>(size_t(band) * D);  // with tiles both are transposed, tile after tile, D x KEYS each
   A* dv = scratch.take<A>(size_t(band) * D);
   W* q = scratch.take<W>(query_tile * D / depth);
   W* q_across = one_layout ? q : scratch.take<W>(query_tile * D / depth);
   W* dout = scratch.take<W>(query_tile * D / depth);
   W* dout_across = one_layout ? dout : scratch.take<W>(query_tile * D / depth);
   A* dq = scratch.take<A>(query_tile * D);
-  A* s = scratch.take<A>(ROWS * KEYS);
-  A* dp = scratch.take<A>(ROWS * KEYS);
+  A* s = scratch.take<A>(R * KEYS);
+  A* dp = scratch.take<A>(R * KEYS);
   W* p_across = scratch.take<W>(query_tile * KEYS / depth);
   W* ds = scratch.take<W>(query_tile * KEYS / depth);
   W* ds_across = one_layout ? ds : scratch.take<W>(query_tile * KEYS / depth);
@@ -299,11 +262,14 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
       std::memset(dv, 0, sizeof(A) * padded * D);
     }
     for (int64_t first_row = std::max(band_key, part.first_row); first_row < part.end_row; first_row += query_tile) {
-      const int rows = int(std::min<int64_t>(query_tile, T - first_row)), strips = round_up(rows, ROWS);
+      const int rows = int(std::min<int64_t>(query_tile, T - first_row)), strips = round_up(rows, R);
       const S *from_q = in.q + first_row * in.stride, *from_dout = grad_out + first_row * grad_out_stride;
       copy_along(q, from_q, in.stride, rows, strips, D);
       copy_along(dout, from_dout, grad_out_stride, rows, strips, D);
-      if (!one_layout && part.dkv) {
+      if constexpr (tiles) {
+        copy_turned(q_across, query_tile / depth, from_q, in.stride, rows, strips, D);
+        copy_turned(dout_across, query_tile / depth, from_dout, grad_out_stride, rows, strips, D);
+      } else if (!one_layout && part.dkv) {
         copy_across(q_across, from_q, in.stride, rows, strips, D);
         copy_across(dout_across, from_dout, grad_out_stride, rows, strips, D);
       }
@@ -328,14 +294,20 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
       for (int t = 0; t < padded && band_key + t < first_row + rows; t += KEYS) {
         const int64_t first_key = band_key + t;
         const int from_diagonal = int(std::min<int64_t>(first_row - first_key, BELOW));  // how far the tile is below it
-        for (int i = 0; i < strips; i += ROWS) {
-          const int diagonal = from_diagonal + i, columns = std::min(KEYS, round_up(diagonal + ROWS, n));
-          if (columns <= 0) continue;
-          strip_product<W, ROWS, Walk::rows>(s, KEYS, q + i * D / depth, D / depth, k_transposed + t * D / depth, KEYS,
-                                             columns, D / depth, BELOW, Into::empty);
-          strip_product<W, ROWS, Walk::rows>(dp, KEYS, dout + i * D / depth, D / depth, v_transposed + t * D / depth,
-                                             KEYS, columns, D / depth, BELOW, Into::empty);
-          for (int first = 0; first < ROWS; first += depth) {
+        const int above = std::max(0, -from_diagonal) / R * R;  // rows that see none of the tile
+        const bool cut = from_diagonal < KEYS - 1;
+        const bool exact =  // see seen_product
+            tiles && cut &&
+            !(finite<A>(in.k + first_key * in.stride, in.stride, int(std::min<int64_t>(KEYS, T - first_key)), D) &&
+              finite<A>(from_q, in.stride, rows, D) && finite<A>(from_dout, grad_out_stride, rows, D));
+        for (int i = above; i < strips; i += R) {
+          const int diagonal = from_diagonal + i;
+          const int columns = tiles ? KEYS : std::min(KEYS, round_up(diagonal + R, n));
+          whole_product<W, R, tiles>(s, KEYS, q + i * D / depth, D / depth, k_transposed + t * D / depth, KEYS, columns,
+                                     D / depth);
+          whole_product<W, R, tiles>(dp, KEYS, dout + i * D / depth, D / depth, v_transposed + t * D / depth, KEYS,
+                                     columns, D / depth);
+          for (int first = 0; first < R; first += depth) {
             Vec<A> dropped_p[KEYS / n][depth] = {}, row_ds[KEYS / n][depth] = {};
             UNROLL for (int row = 0; row < depth; row++) {
               const int r = first + row;
@@ -348,6 +320,11 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
                 probability[j] = exp_negative(x > A(0) ? Vec<A>{} : x);  // a huge lse, rounded, must not make P > 1
                 row_dp[j] = load(dp + r * KEYS + j * n);
                 if (dropout.active) row_dp[j] = where<A>(mask[j], row_dp[j]);
+                if (tiles && cut) {
+                  const IntVec<A> seen = column_numbers<A>(j * n) <= diagonal + r;
+                  probability[j] = where<A>(seen, probability[j]);
+                  row_dp[j] = where<A>(seen, row_dp[j]);
+                }
                 dropped_p[j][row] = dropout.active ? where<A>(mask[j], probability[j]) : probability[j];
               }
               // Where a row's keys all lie in this tile, delta can be had as rowsum(P dP) from the rounded P and dP,
@@ -377,21 +354,29 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
           }
         }
         if (part.dkv) {
-          auto add = [&](auto height, int key) {
-            constexpr int R = height();
-            A *to_dv = dv + (t + key) * D, *to_dk = dk + (t + key) * D;
-            strip_product<W, R, Walk::keys>(to_dv, D, p_across + key, KEYS, dout_across, D, D, strips / depth,
-                                            key - from_diagonal, Into::sum);
-            strip_product<W, R, Walk::keys>(to_dk, D, ds_across + key, KEYS, q_across, D, D, strips / depth,
-                                            key - from_diagonal, Into::sum);
-          };
-          for (int key = 0; key + ROWS <= KEYS; key += ROWS) add(std::integral_constant<int, ROWS>{}, key);
-          add(std::integral_constant<int, KEYS % ROWS>{}, KEYS / ROWS * ROWS);
+          A *to_dv = dv + t * D, *to_dk = dk + t * D;
+          if constexpr (tiles) {
+            const W *p = p_across + above / depth * KEYS, *ds = ds_across + above / depth * KEYS;
+            turned_product(to_dv, dout_across + above / depth, query_tile / depth, p, D, KEYS, strips - above,
+                           from_diagonal + above, exact);
+            turned_product(to_dk, q_across + above / depth, query_tile / depth, ds, D, KEYS, strips - above,
+                           from_diagonal + above, exact);
+          } else {
+            auto add = [&](auto height, int key) {
+              constexpr int rows = height();
+              strip_product<W, rows, Walk::keys>(to_dv + key * D, D, p_across + key, KEYS, dout_across, D, D,
+                                                 strips / depth, key - from_diagonal, Into::sum);
+              strip_product<W, rows, Walk::keys>(to_dk + key * D, D, ds_across + key, KEYS, q_across, D, D,
+                                                 strips / depth, key - from_diagonal, Into::sum);
+            };
+            for (int key = 0; key + ROWS <= KEYS; key += ROWS) add(std::integral_constant<int, ROWS>{}, key);
+            add(std::integral_constant<int, KEYS % ROWS>{}, KEYS / ROWS * ROWS);
+          }
         }
         if (part.dq)
-          for (int i = 0; i < strips; i += ROWS)
-            strip_product<W, ROWS, Walk::rows>(dq + i * D, D, ds + i * KEYS / depth, KEYS / depth, k + t * D / depth,
-                                               D, D, KEYS / depth, from_diagonal + i, Into::sum);
+          for (int i = above; i < strips; i += R)
+            seen_product<W, R, tiles>(dq + i * D, D, ds + i * KEYS / depth, KEYS / depth, k + t * D / depth, D, D,
+                                      KEYS / depth, from_diagonal + i, Into::sum, nullptr, exact);
       }
 
       if (part.dq) {
@@ -406,7 +391,14 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
         }
       }
     }
-    if (part.dkv)
+    if constexpr (tiles) {
+      for (int t = 0; part.dkv && t < band_keys; t += KEYS) {
+        const int64_t at = (band_key + t) * grad.stride;
+        const int count = std::min(KEYS, band_keys - t);
+        write_turned(grad.k + at, grad.stride, dk + t * D, count, D, ds_scale);
+        write_turned(grad.v + at, grad.stride, dv + t * D, count, D, keep_scale);
+      }
+    } else if (part.dkv) {
       for (int i = 0; i < band_keys; i++) {
         const int64_t at = (band_key + i) * grad.stride;
         for (int d = 0; d < D; d += n) {
@@ -414,6 +406,7 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
           store_as<A>(grad.v + at + d, load(dv + i * D + d) * keep_scale);
         }
       }
+    }
   }
 }
 
@@ -427,10 +420,12 @@ void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t
     const Head<const S> in(static_cast<const S*>(qkv), batch_stride, row_stride, shape, head);
     const Head<S> grad(static_cast<S*>(grad_qkv), T * 3 * width, 3 * width, shape, head);
     const int64_t b = head / shape.H, column = head % shape.H * shape.D;
-    backward_head<S, A>(shape, part, in, grad,
-                        static_cast<const S*>(grad_out) + b * grad_out_batch_stride + column, grad_out_row_stride,
-                        static_cast<const S*>(out) + b * T * width + column, static_cast<const A*>(lse) + head * T,
-                        head, band, dropout);
+    with_tiles<Operand<S, A>>(shape.D, [&](auto tiles) {
+      backward_head<S, A, tiles()>(
+          shape, part, in, grad, static_cast<const S*>(grad_out) + b * grad_out_batch_stride + column,
+          grad_out_row_stride, static_cast<const S*>(out) + b * T * width + column,
+          static_cast<const A*>(lse) + head * T, head, band, dropout);
+    });
   };
   // One task a head does the 5 products once. Two passes, first dQ by bands of rows and then dK and dV by bands of
   // keys, do 7 but make more tasks: worth it only where heads alone would leave threads idle. The sums are the same, in
