@@ -47,6 +47,7 @@ namespace {
 
 // Bytes are those of float32 at D = 64. Where bfloat16 is multiplied, which takes half of them, tiles and bands of the
 // backward pass are twice as long.
+constexpr int GROWTH = 8;           // of a row's maximum that its sums bear: P is then at most e^8
 constexpr int QUERY_BAND = 384;     // forward: query rows that share one copy of a key tile; q and O take 192 KB of L2
 constexpr int QUERY_TILE = 48;      // backward: P and dS of a tile, 12 KB each, stay in L1 with one more operand
 constexpr int KEY_BAND = 384;       // backward: keys between two visits to a query row; 5 buffers of 96 KB in L2
@@ -94,10 +95,12 @@ INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, 
       }
       high = larger<A>(x, high);
     }
-    const A old = m[i];
-    m[i] = largest_lane<A>(high);
+    const A old = m[i], most = largest_lane<A>(high);
+    if (scaled<W>(splat(most - old), scale)[0] > GROWTH) {
+      m[i] = most;
+      grew = true;
+    }
     shift[i] = old - m[i];
-    grew |= old != m[i];
   }
   if (grew)
     UNROLL for (int i = 0; i < strip_lanes; i += n) store(factor + i, exp_negative(scaled<W>(load(shift + i), scale)));
@@ -180,7 +183,7 @@ template <class S, class A>
 void forward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t row_stride, void* out, void* lse,
              const Dropout& dropout) {
   const int64_t heads = shape.B * shape.H, enough = 2 * thread_count();
-  int band = QUERY_BAND;
+  int band = QUERY_BAND * DEPTH<Operand<S, A>>;
   while (band > ROWS * 8 && heads * ((shape.T + band - 1) / band) < enough) band /= 2;
   const int64_t bands = (shape.T + band - 1) / band;
   for_each_task(heads * bands, [&](int64_t task) {
@@ -196,6 +199,62 @@ void forward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t 
 }
 
 // Backward.
+
+// The same way back: from scores s and dp = dOut V^T of one strip to dropout(P) and dS. With `edge` they are 0 where row
+// i does not see a column, which is after diagonal + i; without, anything.
+template <class W, int R, bool edge, class A = Sum<W>>
+INLINE void softmax_backward_strip(const A* s, const A* dp, W* p_across, W* ds, W* ds_across, int columns, int diagonal,
+                                   A scale, const A* lse, A* delta, const Dropout& dropout, const uint32_t (*keys)[2],
+                                   int64_t first_column) {
+  constexpr int n = LANES<A>, depth = DEPTH<W>;
+  using Mask = IntVec<A>[KEYS / n];
+  auto probability = [&](int i, int j) {
+    const Vec<A> x = scaled<W>(load(s + i * KEYS + j), scale) - lse[i];
+    return exp_negative(x > A(0) ? Vec<A>{} : x);  // a huge lse, rounded, must not make P > 1
+  };
+  auto dp_dropped = [&](int i, int j, const Mask& mask) {
+    const Vec<A> x = load(dp + i * KEYS + j);
+    return dropout.active ? where<A>(mask[j / n], x) : x;
+  };
+  // Where a row's keys all lie in this tile, delta can be had as rowsum(P dP) from the rounded P and dP, over rowsum(P),
+  // which a large lse leaves not quite 1: dS then sums to 0 as it must, and is exactly 0 for the first row, whose one
+  // probability is 1 whatever its score.
+  for (int i = 0; first_column == 0 && i < R && diagonal + i < KEYS; i++) {
+    Mask mask = {};
+    if (dropout.active) dropout.mask<A>(mask, keys[i], first_column);
+    Vec<A> sum{}, total{};
+    for (int j = 0; j < columns; j += n) {
+      const IntVec<A> seen = column_numbers<A>(j) <= diagonal + i;
+      sum += where<A>(seen, probability(i, j) * dp_dropped(i, j, mask));
+      total += where<A>(seen, probability(i, j));
+    }
+    const A of_all = sum_lanes<A>(total);
+    delta[i] = of_all > A(0) ? sum_lanes<A>(sum) / of_all : sum_lanes<A>(sum);
+  }
+  for (int first = 0; first < R; first += depth) {
+    Mask mask[depth] = {};
+    if (dropout.active)
+      UNROLL for (int row = 0; row < depth; row++) dropout.mask<A>(mask[row], keys[first + row], first_column);
+    UNROLL for (int j = 0; j < KEYS; j += n) {
+      if (j >= columns) break;
+      Vec<A> dropped_p[depth], row_ds[depth];
+      UNROLL for (int row = 0; row < depth; row++) {
+        const int i = first + row;
+        Vec<A> P = probability(i, j), dP = dp_dropped(i, j, mask[row]);
+        if constexpr (edge) {
+          const IntVec<A> seen = column_numbers<A>(j) <= diagonal + i;
+          P = where<A>(seen, P);
+          dP = where<A>(seen, dP);
+        }
+        dropped_p[row] = dropout.active ? where<A>(mask[row][j / n], P) : P;
+        row_ds[row] = P * (dP - delta[i]);
+        if constexpr (depth == 2) store_along(ds + (i * KEYS + j) / depth, row_ds[row]);
+      }
+      store_across(p_across + first * KEYS / depth + j, dropped_p);
+      store_across(ds_across + first * KEYS / depth + j, row_ds);
+    }
+  }
+}
 
 // Until a query row has met its last key tile its dQ is a partial sum. The sum is kept, in the type of the arithmetic,
 // in the row's own place in the packed gradient: the q part if it is wide enough, and the k part (not yet written) for
@@ -307,51 +366,12 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
                                      D / depth);
           whole_product<W, R, tiles>(dp, KEYS, dout + i * D / depth, D / depth, v_transposed + t * D / depth, KEYS,
                                      columns, D / depth);
-          for (int first = 0; first < R; first += depth) {
-            Vec<A> dropped_p[KEYS / n][depth] = {}, row_ds[KEYS / n][depth] = {};
-            UNROLL for (int row = 0; row < depth; row++) {
-              const int r = first + row;
-              IntVec<A> mask[KEYS / n] = {};
-              Vec<A> probability[KEYS / n] = {}, row_dp[KEYS / n] = {};
-              if (dropout.active) dropout.mask<A>(mask, keys[i + r], first_key);
-              UNROLL for (int j = 0; j < KEYS / n; j++) {
-                if (j * n >= columns) break;
-                const Vec<A> x = scaled<W>(load(s + r * KEYS + j * n), scale) - lse[i + r];
-                probability[j] = exp_negative(x > A(0) ? Vec<A>{} : x);  // a huge lse, rounded, must not make P > 1
-                row_dp[j] = load(dp + r * KEYS + j * n);
-                if (dropout.active) row_dp[j] = where<A>(mask[j], row_dp[j]);
-                if (tiles && cut) {
-                  const IntVec<A> seen = column_numbers<A>(j * n) <= diagonal + r;
-                  probability[j] = where<A>(seen, probability[j]);
-                  row_dp[j] = where<A>(seen, row_dp[j]);
-                }
-                dropped_p[j][row] = dropout.active ? where<A>(mask[j], probability[j]) : probability[j];
-              }
-              // Where a row's keys all lie in this tile, delta can be had as rowsum(P dP) from the rounded P and dP,
-              // over rowsum(P), which a large lse leaves not quite 1: dS then sums to 0 as it must, and is exactly 0
-              // for the first row, whose one probability is 1 whatever its score.
-              if (first_key == 0 && diagonal + r < KEYS) {
-                Vec<A> sum{}, total{};
-                UNROLL for (int j = 0; j < KEYS / n; j++) {
-                  const IntVec<A> seen = column_numbers<A>(j * n) <= diagonal + r;
-                  sum += where<A>(seen, probability[j] * row_dp[j]);
-                  total += where<A>(seen, probability[j]);
-                }
-                const A of_all = sum_lanes<A>(total);
-                delta[i + r] = of_all > A(0) ? sum_lanes<A>(sum) / of_all : sum_lanes<A>(sum);
-              }
-              UNROLL for (int j = 0; j < KEYS / n; j++) row_ds[j][row] = probability[j] * (row_dp[j] - delta[i + r]);
-            }
-            UNROLL for (int j = 0; j < KEYS / n; j++) {
-              if (j * n >= columns) break;
-              const int at = (i + first) * KEYS / depth + j * n;  // across
-              store_across(p_across + at, dropped_p[j]);
-              store_across(ds_across + at, row_ds[j]);
-              if (!one_layout)
-                UNROLL for (int row = 0; row < depth; row++)
-                  store_along(ds + ((i + first + row) * KEYS + j * n) / depth, row_ds[j][row]);
-            }
-          }
+          const int at = i * KEYS / depth;
+          auto softmax = [&](auto at_edge) {
+            softmax_backward_strip<W, R, at_edge()>(s, dp, p_across + at, ds + at, ds_across + at, columns, diagonal,
+                                                    scale, lse + i, delta + i, dropout, keys + i, first_key);
+          };
+          tiles && cut ? softmax(std::true_type{}) : softmax(std::false_type{});
         }
         if (part.dkv) {
           A *to_dv = dv + t * D, *to_dk = dk + t * D;
