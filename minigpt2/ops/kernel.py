@@ -23,6 +23,7 @@ __all__ = [
     "adamw",
     "attention",
     "attention_backward",
+    "bfloat16_products",
     "cross_entropy_",
     "decode",
     "direct",
@@ -121,6 +122,13 @@ def attention_backward(
     outputs = (lse.data_ptr(), grad_qkv.data_ptr(), *_seed(seed, dropout_p))
     _call("attention_backward", qkv.dtype, B, T, H, D, *inputs, *gradient, *outputs)
     return grad_qkv
+
+
+def bfloat16_products() -> str:
+    """What `attention` multiplies bfloat16 with on this processor: float32, avx512_bf16, or amx_bf16, which serves heads
+    of a multiple of 32 numbers."""
+    names = ("float32", "avx512_bf16", "amx_bf16")
+    return names[_functions()["bfloat16_products"]()]
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -347,6 +355,7 @@ def _functions() -> dict[str, Any]:
         "adamw": [ctypes.c_int, integer, integer, *[pointer] * 7, ctypes.c_uint32, integer],
         "attention": [*shape, *strided, number, pointer, pointer, *dropout],
         "attention_backward": [*shape, *strided, number, *strided, *[pointer] * 3, *dropout],
+        "bfloat16_products": [],
         "cross_entropy": [ctypes.c_int, *[integer] * 2, pointer, integer, pointer, pointer, ctypes.c_int],
         "decode": [*shape, number, *strided, *cached, *cached, pointer],
         "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],

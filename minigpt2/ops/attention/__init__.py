@@ -19,6 +19,7 @@ from minigpt2.device import readable
 from minigpt2.ops.attention.eager import causal_mask, eager_attention, merge_heads, split_heads
 from minigpt2.ops.attention.fused import decode, fused_attention, unavailable
 from minigpt2.ops.build import explain_compiler
+from minigpt2.ops.kernel import bfloat16_products
 from minigpt2.torch_private import constant_to_compiler, transformed
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def explain_backend() -> str:
     reason = unavailable("cpu", torch.float32, 64)
     cpu = f"sdpa on the CPU ({reason})"
     if reason is None:
-        cpu = f"fused on the CPU (its kernel is compiled by {explain_compiler()})"
+        how = f"its kernel is compiled by {explain_compiler()} and multiplies bfloat16 with {bfloat16_products()}"
+        cpu = f"fused on the CPU ({how})"
     return f"auto is {cpu}, sdpa on other devices (on CUDA fused is there to ask for, but was never timed)"
 
 

@@ -1,4 +1,5 @@
-"""bfloat16 is multiplied as bfloat16 on some processors and as float32 on the others: both are tested on the first."""
+"""bfloat16 is multiplied as bfloat16 on some processors and as float32 on the others: on the first both are tested, and
+where they have two ways to multiply it, those."""
 
 import os
 import shlex
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from minigpt2.ops import build
+from minigpt2.ops import build, kernel
 
 ROOT = Path(__file__).resolve().parents[3]
 
 DIGEST = """
 import hashlib, torch
 from minigpt2.ops import kernel
+print(kernel.bfloat16_products())
 qkv = torch.randn(1, 100, 3 * 64, generator=torch.Generator().manual_seed(0))
 for dtype in (torch.float32, torch.bfloat16):
     out, lse = kernel.attention(qkv.to(dtype), 1, 0.0, None)
@@ -36,15 +38,32 @@ def run(*arguments: str, **environment: str) -> str:
     return process.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("needs_the_kernel")
-def test_without_the_processors_bfloat16_products(tmp_path):
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text(encoding="utf-8"):
-        pytest.skip("this processor has none, and all tests run without")
-    without = {"CXX": shlex.join([*build.compiler(), "-U__AVX512BF16__"]), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    ours, others = run("-c", DIGEST).split(), run("-c", DIGEST, **without).split()
-    assert ours[0] == others[0]
-    assert ours[1] != others[1]
+def test_the_best_unit_of_the_processor_is_used():
+    compiler = subprocess.run(
+        [*build.compiler(), "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if compiler.returncode:
+        pytest.skip(f"the compiler does not say what it knows: {compiler.stderr}")
+    pairs, tiles = (f"#define {name} 1" in compiler.stdout for name in ("__AVX512BF16__", "__AMX_BF16__"))
+    best = "amx_bf16" if pairs and tiles and sys.platform == "linux" else "avx512_bf16" if pairs else "float32"
+    assert kernel.bfloat16_products() == best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("left", "macro"), [("float32", "__AVX512BF16__"), ("avx512_bf16", "__AMX_BF16__")])
+@pytest.mark.usefixtures("needs_the_kernel")
+def test_without_the_processors_bfloat16_products(tmp_path, left, macro):
+    ours = run("-c", DIGEST).split()
+    if ours[0] in (left, "float32"):
+        pytest.skip("this processor has no better ones, and all tests run without")
+    without = {"CXX": shlex.join([*build.compiler(), f"-U{macro}"]), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    others = run("-c", DIGEST, **without).split()
+    assert others[0] == left
+    assert ours[1] == others[1]
+    assert ours[2] != others[2]
     tests = "tests/ops/attention/test_fused_accuracy.py"
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", "cpu and bfloat16 and not extreme", **without)
