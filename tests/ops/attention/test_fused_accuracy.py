@@ -139,7 +139,7 @@ NAN_CASES = list(
     ("op", "row", "value", "p", "dtype"), for_each(NAN_CASES, NAN_CASES[6::10]), indirect=["op"], ids=str
 )
 def test_nan_reaches_only_the_rows_that_see_it(op, row, value, p, dtype):
-    """Or, in the Triton kernels, no row before those of its own tile; and no other head."""
+    """Or, in the Triton kernels, no row before those of its own tile; and no other head. The others are as without."""
     torch.manual_seed(0)
     T, D = 130, 64
     before = row // op.tile * op.tile
@@ -148,12 +148,16 @@ def test_nan_reaches_only_the_rows_that_see_it(op, row, value, p, dtype):
         q, k, v = split_heads(qkv, 2)  # views
         {"q": q, "k": k, "v": v}[part][0, 1, row, 7] = value
         out = op(qkv, 2, p)[0].view(2, T, 2, D)
+        {"q": q, "k": k, "v": v}[part][0, 1, row, 7] = 0.5
+        clean = op(qkv, 2, p)[0].view(2, T, 2, D)
         expected = torch.zeros(2, T, 2, D, dtype=torch.bool)
         expected[0, list(rows), 1] = True
         may = expected.clone()
         if part != "q":
             may[0, before:, 1] = True
         assert out[~may].isfinite().all()
+        if not p:
+            torch.testing.assert_close(out[~may], clean[~may], rtol=2**-6, atol=2**-8)
         if part == "v":
             expected[..., :7] = expected[..., 8:] = False
             assert out[..., :7].isfinite().all()
@@ -174,12 +178,14 @@ NAN_GRADIENT_CASES = list(itertools.product([0, 5, 64, 129], [torch.float32, tor
     ("op", "row", "dtype"), for_each(NAN_GRADIENT_CASES, NAN_GRADIENT_CASES[::2]), indirect=["op"], ids=str
 )
 def test_nan_in_the_gradient_reaches_only_what_depends_on_it(op, row, dtype):
-    """Or, in the Triton kernels, no key after those of its own tile."""
+    """Or, in the Triton kernels, no key after those of its own tile. The others are as without."""
     torch.manual_seed(0)
     T, D = 130, 64
     qkv, grad = torch.randn(1, T, 3 * D).to(dtype), torch.randn(1, T, D).to(dtype)
     grad[0, row, 3] = math.nan
     _, dq, dk, dv = forward_and_gradients(lambda x: op(x, 1)[0], qkv, grad)
+    grad[0, row, 3] = 0.5
+    _, *clean = forward_and_gradients(lambda x: op(x, 1)[0], qkv, grad)
     rows = torch.arange(T)
     after = rows > row if op.tile == 1 else rows >= (row // op.tile + 1) * op.tile
     assert dq[0, row].isnan().all()
@@ -188,6 +194,9 @@ def test_nan_in_the_gradient_reaches_only_what_depends_on_it(op, row, dtype):
     assert dk[0, after].isfinite().all()
     assert dv[0, rows <= row, 3].isnan().all()
     assert dv[0, after].isfinite().all()
+    for found, other, finite in zip((dq, dk, dv), clean, (rows != row, after, after), strict=True):
+        torch.testing.assert_close(found[0, finite], other[0, finite], rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(dv[..., :3], clean[2][..., :3], rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
