@@ -5,6 +5,7 @@
 //                S <- scale Q K^T;  m' <- max(m, rowmax S);  P <- exp(S - m');  factor <- exp(m - m')
 //                l <- factor l + rowsum P;  O <- factor O + dropout(P) V;  m <- m'
 //              out = O / l, and lse = m + log l is all that the backward pass needs to rebuild P.
+//              While a row's maximum grows by less than GROWTH, m stays, and O and l are spared the factor.
 //   backward:  delta <- rowsum(dOut * out)
 //              for a band of keys, for each tile of query rows on or below the diagonal:
 //                P <- exp(S - lse), S as above;  dP <- dropout(dOut V^T);  dS <- P (dP - delta)
@@ -23,8 +24,12 @@
 //   P^T dOut, dS^T Q   both across their rows
 // Q, dOut and dS are needed both ways, and kept both ways.
 //
+// Where a processor has AMX, too, strips are of BLOCK rows and products are made by tiles (tiles.h). They take the left
+// operand along its rows, so the last two products are made transposed: dV^T = dOut^T P, dK^T = Q^T dS.
+//
 // A product never touches a pair (row, key) above the diagonal, not even to multiply it by zero: a NaN reaches only the
-// rows that see it.
+// rows that see it. Tiles do multiply by that zero; so where the diagonal cuts one, and what is multiplied by P or dS is
+// not all finite, its product is made without them.
 
 #include <algorithm>
 #include <cmath>
@@ -47,7 +52,7 @@ namespace {
 
 // Bytes are those of float32 at D = 64. Where bfloat16 is multiplied, which takes half of them, tiles and bands of the
 // backward pass are twice as long.
-constexpr int GROWTH = 8;           // of a row's maximum that its sums bear: P is then at most e^8
+constexpr int GROWTH = 8;           // of a row's maximum over m: P may be as large as e^8
 constexpr int QUERY_BAND = 384;     // forward: query rows that share one copy of a key tile; q and O take 192 KB of L2
 constexpr int QUERY_TILE = 48;      // backward: P and dS of a tile, 12 KB each, stay in L1 with one more operand
 constexpr int KEY_BAND = 384;       // backward: keys between two visits to a query row; 5 buffers of 96 KB in L2
