@@ -330,12 +330,13 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
       const S *from_q = in.q + first_row * in.stride, *from_dout = grad_out + first_row * grad_out_stride;
       copy_along(q, from_q, in.stride, rows, strips, D);
       copy_along(dout, from_dout, grad_out_stride, rows, strips, D);
-      if constexpr (tiles) {
-        copy_turned(q_across, query_tile / depth, from_q, in.stride, rows, strips, D);
-        copy_turned(dout_across, query_tile / depth, from_dout, grad_out_stride, rows, strips, D);
-      } else if (!one_layout && part.dkv) {
-        copy_across(q_across, from_q, in.stride, rows, strips, D);
-        copy_across(dout_across, from_dout, grad_out_stride, rows, strips, D);
+      auto copy_other_way = [&](W* to, const S* from, int64_t stride) {
+        if constexpr (tiles) copy_turned(to, query_tile / depth, from, stride, rows, strips, D);
+        else copy_across(to, from, stride, rows, strips, D);
+      };
+      if (!one_layout && part.dkv) {
+        copy_other_way(q_across, from_q, in.stride);
+        copy_other_way(dout_across, from_dout, grad_out_stride);
       }
       for (int i = 0; i < strips; i++) {
         Vec<A> sum{};
