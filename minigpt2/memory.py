@@ -35,6 +35,7 @@ from minigpt2.config import GPT2Config
 from minigpt2.device import resident_bytes
 from minigpt2.loss import chunk_shape
 from minigpt2.machine import free_bytes
+from minigpt2.ops.adamw import blocks
 from minigpt2.ops.products import BLOCK, onednn_serves
 from minigpt2.recompute import check_checkpoint_every, check_recompute, segments
 
@@ -291,10 +292,9 @@ class _Sizes:
             self.live_backward = max(self.live_backward, copies)
             self.recomputed_backward = max(self.recomputed_backward, again + copies + (act if pointwise else 0))
         self.largest = C * inner * wide
-        rows_of_all = (
-            config.n_layer * (3 * C + inner) + config.n_positions + V * (1 if config.tie_word_embeddings else 2)
-        )
-        self.scales = rows_of_all * wide  # of moments in 8 bits, one for each row of a matrix
+        wide_rows = config.n_layer * inner + config.n_positions + V * (1 if config.tie_word_embeddings else 2)
+        of_block = config.n_layer * C * (blocks(3 * C) + blocks(C) + blocks(inner))
+        self.scales = (of_block + wide_rows * blocks(C)) * wide  # of moments in 8 bits
         self.block_matrices = (4 * C * C + 2 * C * inner) * wide
         self.block_weights = self.block_matrices + (9 * C + inner) * wide
         self.head_weights = V * C * wide

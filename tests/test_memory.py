@@ -78,6 +78,18 @@ def test_prediction_with_the_optimizer_in_the_backward_pass(recompute: str) -> N
         assert inside.gradients < apart.gradients
 
 
+@pytest.mark.parametrize("moments", memory.MOMENTS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_optimizers_state_is_counted_to_the_byte(moments: str, tied: bool) -> None:
+    config = GPT2Config(vocab_size=50, n_positions=8, n_embd=72, n_layer=2, n_head=2)
+    model = GPT2(config := config.replace(tie_word_embeddings=tied))
+    recipe = {"lr": 1e-3, "embedding_lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    optimizer = make_optimizer(model, "adamw", **recipe, moments=moments)
+    optimizer.make_state()
+    state = sum(t.nbytes for of_one in optimizer.state.values() for t in of_one.values() if t.dim())
+    assert footprint(config, 1, 8, stepping=memory.Stepping(moments, True)).optimizer == state
+
+
 @pytest.mark.parametrize("recompute", ["block", "keep-attention", "pointwise"])
 def test_prediction_under_autocast(recompute: str) -> None:
     config = GPT2Config(vocab_size=3000, n_positions=128, n_embd=128, n_layer=4, n_head=2)

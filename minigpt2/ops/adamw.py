@@ -4,14 +4,20 @@ The arithmetic is float32's (Loshchilov & Hutter 2019, arXiv:1711.05101); the mo
 after it:
 
 - bfloat16, for both;
-- 8 bits, floats of three bits of fraction times one float32 scale for each row of the matrix, the largest of its
-  moments. The first moment has a sign and 16 powers of two, the second none and 32. One scale for many elements is the
-  idea of Dettmers et al. 2022, arXiv:2110.02861; that its codes are floats makes small moments as exact as large ones.
+- 8 bits, floats of four bits of fraction times one float32 scale for each block of 64 elements of a row, the largest of
+  its moments. The first moment has a sign and 8 powers of two, the second none and 16. One scale for many elements is
+  the idea of Dettmers et al. 2022, arXiv:2110.02861; that the codes are floats makes small moments as exact as large
+  ones.
 
 Both are rounded at random, up or down in proportion to the distance, so that what is too small to change a code changes
 it now and then, by as much in the mean: to nearest, a second moment in bfloat16 with beta2 = 0.999 would never move.
 The random bits are a function of seed, row and column, so a step can be repeated. A second moment other than 0 is
-never rounded to 0, by whose root the step is divided.
+never rounded to 0, by whose root the step is divided, but is the least code at least, which makes the step smaller.
+
+What is rounded at every step wanders. The second moment moves by about 1 - beta2 of its value, and so by a whole code,
+which is d of its value, with a chance of (1 - beta2) / d: its variance settles at d / 2 of its square, of which a bit
+more halves. For four bits there are too few powers of two for a whole row: in one of c_attn the second moments of
+queries and keys can be less than 2^-16 of those of values. 64 is the width of a head of GPT-2.
 
 On the CPU it is a function of the compiled kernel (csrc/adamw.cpp); elsewhere, or without a compiler, this file's
 tensor operations, a few million elements at a time.
@@ -27,7 +33,7 @@ from torch import Tensor
 
 from minigpt2.ops import kernel
 
-__all__ = ["DTYPES", "Step", "adamw_step", "decode", "encode"]
+__all__ = ["CODES", "DTYPES", "Step", "adamw_step", "blocks", "decode", "encode"]
 
 DTYPES = {"bf16": torch.bfloat16, "8bit": torch.uint8}
 """What the moments are stored in."""
@@ -35,8 +41,17 @@ DTYPES = {"bf16": torch.bfloat16, "8bit": torch.uint8}
 _ELEMENTS = 2**22
 """As many at a time as the tensor operations work on."""
 
-# By the largest code: that of the first moment and of the second.
-_SIGNED, _UNSIGNED = 127, 255
+# Bits of fraction, and the largest code of the first and of the second moment.
+_FRACTION, _LARGEST = 4, (127, 255)
+_SHIFT = 23 - _FRACTION
+
+CODES = f"floats of {_FRACTION} bits of fraction, blocks of {kernel.ADAMW_BLOCK}"
+"""What moments in 8 bits are; a snapshot says it."""
+
+
+def blocks(columns: int) -> int:
+    """How many scales a row of so many elements has."""
+    return -(-columns // kernel.ADAMW_BLOCK)
 
 
 class Step(NamedTuple):
@@ -61,8 +76,8 @@ def adamw_step(
     first_row: int = 0,
 ) -> None:
     """Move p, a float32 matrix (rows, columns), by its gradient, in place, and with it its two moments, in bfloat16 or
-    uint8, and of uint8 ones the scales, float32 (rows, 1). `seed` (32 bits) and the number of p's first row in the
-    whole matrix decide the rounding. All tensors contiguous, on one device."""
+    uint8, and of uint8 ones the scales, float32 (rows, blocks(columns)). `seed` (32 bits) and the number of p's
+    first row in the whole matrix decide the rounding. All tensors contiguous, on one device."""
     correction1, correction2 = (1 - beta**step.number for beta in (step.beta1, step.beta2))
     keep = 1 - step.lr * step.weight_decay
     numbers = (step.lr, step.beta1, step.beta2, step.eps, keep, correction1, correction2)
@@ -102,11 +117,10 @@ def decode(code: Tensor, scale: Tensor | None, *, second: bool) -> Tensor:
     """The moments, float32, of what is stored; `second` for those without a sign."""
     if scale is None:
         return code.float()
-    base = 127 * 8 - (_UNSIGNED if second else _SIGNED)
-    wide = code.int()
-    size = wide if second else wide & 0x7F
-    values = torch.where(size > 0, (size + base) << 20, 0).view(torch.float32)
-    return values * scale if second else torch.where(wide > 0x7F, -values, values) * scale
+    wide, largest = code.int(), _LARGEST[second]
+    size = wide & largest
+    values = torch.where(size > 0, (size + _base(second)) << _SHIFT, 0).view(torch.float32)
+    return torch.where(wide > largest, -values, values) * _of_elements(scale, code.size(1))
 
 
 def encode(values: Tensor, random: Tensor, *, scaled: bool, second: bool) -> tuple[Tensor, Tensor | None]:
@@ -115,15 +129,30 @@ def encode(values: Tensor, random: Tensor, *, scaled: bool, second: bool) -> tup
     if not scaled:
         bits = (values.view(torch.int32) + (random & 0xFFFF).int()) & -0x10000
         return bits.view(torch.float32).bfloat16(), None
-    scale = values.abs().amax(1, keepdim=True)
-    relative = values * torch.where(scale > 0, 1 / scale, 0)
-    bits, random = relative.abs().view(torch.int32), (random & 0xFFFFF).int()
-    largest = _UNSIGNED if second else _SIGNED
-    base = 127 * 8 - largest
-    least = torch.tensor((base + 1) << 20, dtype=torch.int32).view(torch.float32).item()
-    below = bits > 0 if second else relative.abs() * (2**20 / least) > random
-    size = torch.where(relative.abs() < least, below.int(), ((bits + random) >> 20) - base).clamp(max=largest)
-    return (size if second else size | (relative.view(torch.int32) < 0).int() << 7).to(torch.uint8), scale
+    rows, columns = values.shape
+    padded = torch.nn.functional.pad(values.abs(), (0, -columns % kernel.ADAMW_BLOCK))
+    scale = padded.view(rows, blocks(columns), kernel.ADAMW_BLOCK).amax(2)
+    relative = values * _of_elements(torch.where(scale > 0, 1 / scale, 0), columns)
+    size, random, least = relative.abs(), (random & ((1 << _SHIFT) - 1)).int(), _least(second)
+    below = size > 0 if second else size * (2**_SHIFT / least) > random
+    code = ((size.view(torch.int32) + random) >> _SHIFT) - _base(second)
+    code = torch.where(size < least, below.int(), code).clamp(max=_LARGEST[second])
+    return (code if second else code | (relative.view(torch.int32) < 0).int() << 7).to(torch.uint8), scale
+
+
+def _base(second: bool) -> int:
+    """What a code, but 0, has to be added to for the bits of float32 above the last `_SHIFT`: the largest is 1."""
+    return (127 << _FRACTION) - _LARGEST[second]
+
+
+def _least(second: bool) -> float:
+    """What code 1 stands for."""
+    return torch.tensor((_base(second) + 1) << _SHIFT, dtype=torch.int32).view(torch.float32).item()
+
+
+def _of_elements(scale: Tensor, columns: int) -> Tensor:
+    """For each element what its block has."""
+    return scale.repeat_interleave(kernel.ADAMW_BLOCK, 1)[:, :columns]
 
 
 def random_words(like: Tensor, seed: int, first_row: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 MAX_HEAD_DIM = 256
 FEW = 8
 """The most rows of `few_rows`."""
+ADAMW_BLOCK = 64
+"""Elements of a row that have one scale in `adamw`."""
 
 _SOURCES = (
     "adamw.cpp",
@@ -197,7 +199,7 @@ def adamw(
     first_row: int,
 ) -> None:
     """The step of ../ops/adamw.py, in place, of p and grad (rows, columns), float32, both contiguous; the moments
-    bfloat16 or, with scales (rows, 1) in float32, uint8."""
+    bfloat16 or, with scales in float32, one for each block of a row, uint8."""
     kind = torch.bfloat16 if scales is None else torch.uint8
     wanted = [(p, torch.float32), (grad, torch.float32), (first, kind), (second, kind)]
     if p.dim() != 2 or any(t.shape != p.shape or t.dtype != dtype for t, dtype in wanted):
@@ -206,8 +208,9 @@ def adamw(
             f"weights and gradient must be float32 matrices, and the moments {kind} of their shape: {found}"
         )
     scaled = list(scales or ())
-    if any(s.shape != (p.size(0), 1) or s.dtype != torch.float32 for s in scaled):
-        raise ValueError(f"scales must be float32 ({p.size(0)}, 1)")
+    blocks = -(-p.size(1) // ADAMW_BLOCK)
+    if any(s.shape != (p.size(0), blocks) or s.dtype != torch.float32 for s in scaled):
+        raise ValueError(f"scales must be float32 ({p.size(0)}, {blocks})")
     tensors = [p, grad, first, second, *scaled]
     if not all(t.is_cpu and t.is_contiguous() and in_memory(t) for t in tensors):
         raise ValueError("weights, gradient, moments and scales must be contiguous, on the CPU")

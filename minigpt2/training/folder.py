@@ -26,7 +26,7 @@ from minigpt2.files import atomic_write
 from minigpt2.run_folder import BEST, SETTINGS, SNAPSHOTS, Snapshot, SnapshotError, finished_step, newest
 from minigpt2.tokenizer import Tokenizer
 from minigpt2.training.settings import APART, TrainConfig, changes, command
-from minigpt2.training.state import check_order
+from minigpt2.training.state import check_readable
 from minigpt2.weights import OFFICIAL, find_folder, weight_files
 
 __all__ = [
@@ -193,7 +193,7 @@ def start_of(config: TrainConfig, record: Record | None, out: Path) -> tuple[Sna
         return None, [f"{out} holds no run yet: beginning one"] if config.resume else []
     found, passed_over = newest(out / SNAPSHOTS)
     if found is not None:
-        check_order(found)
+        check_readable(found)
         if config.max_steps < found.step:
             raise ValueError(
                 f"--max-steps must be at least {found.step}, which the run has done, got {config.max_steps}"

@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from minigpt2.data.batches import ORDER, Batches, fingerprint
 from minigpt2.model import GPT2
+from minigpt2.ops.adamw import CODES
 from minigpt2.tokenizer import Tokenizer, get_tokenizer
 from minigpt2.training import snapshot
 from minigpt2.training.optimizer import Optimizers
 from minigpt2.training.parallel import Processes
 from minigpt2.training.shards import full_tensor
 
-__all__ = ["RunState", "check_order", "seed_of"]
+__all__ = ["RunState", "check_readable", "seed_of"]
 
 
 class RunState:
@@ -94,6 +95,7 @@ class RunState:
                 "order": ORDER,
                 "tokenizer": self.made_by,
             },
+            "codes": CODES,
             "tokens": self.tokens,
             "val_loss": self.val_loss,
             "best_val_loss": self.best,
@@ -142,10 +144,15 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def check_order(saved: snapshot.Snapshot) -> None:
-    """Raise SnapshotError if a version of minigpt2 with another order of the data made the snapshot."""
-    if (order := saved.state["data"].get("order")) != ORDER:
-        raise snapshot.SnapshotError(
-            f"{saved.path} reads its data in another order ({order or 'one without a name'}) than this version "
-            f"({ORDER}): go on with the version of minigpt2 that made it, or begin a new run with --init"
-        )
+def check_readable(saved: snapshot.Snapshot) -> None:
+    """Raise SnapshotError if a version of minigpt2 made the snapshot that has another order of the data, or to which
+    the moments in 8 bits mean something else."""
+    order, codes = saved.state["data"].get("order"), saved.state.get("codes")
+    if order != ORDER:
+        problem = f"reads its data in another order ({order or 'one without a name'}) than this version ({ORDER})"
+    elif saved.state["config"].get("moments") == "8bit" and codes != CODES:
+        problem = f"has moments in other codes ({codes or 'ones without a name'}) than this version ({CODES})"
+    else:
+        return
+    instead = "go on with the version of minigpt2 that made it, or begin a new run with --init"
+    raise snapshot.SnapshotError(f"{saved.path} {problem}: {instead}")

@@ -196,6 +196,17 @@ def test_a_run_with_moments_in_less_resumes_to_the_bit(run, at_step, tmp_path: P
     assert f"--moments fp32 cannot change in a run, which has {moments}" in said
 
 
+def test_moments_in_other_codes_are_refused(run, tmp_path: Path, monkeypatch) -> None:
+    """And only by runs that have codes."""
+    for moments in ("8bit", "bf16"):
+        out = tmp_path / moments
+        run(out, **RUN, moments=moments)
+        with monkeypatch.context() as patch:
+            patch.setattr("minigpt2.training.state.CODES", "others")
+            said = run(out, resume=True, max_steps=12, status=2 if moments == "8bit" else 0)
+        assert ("has moments in other codes" in said) == (moments == "8bit")
+
+
 def test_moments_in_less_are_refused_with_muon(run, tmp_path: Path) -> None:
     assert "--moments 8bit is for --optimizer adamw" in run(tmp_path, moments="8bit", optimizer="muon", status=2)
 
