@@ -127,7 +127,7 @@ def attention_backward(
 
 
 def bfloat16_products() -> str:
-    """What `attention` multiplies bfloat16 with on this processor: float32, avx512_bf16, or amx_bf16, which serves heads
+    """What `attention` multiplies bfloat16 with here: float32, avx512_bf16, or amx_bf16, which serves heads
     of a multiple of 32 numbers."""
     names = ("float32", "avx512_bf16", "amx_bf16")
     return names[_functions()["bfloat16_products"]()]
