@@ -21,8 +21,8 @@ PyTorch has had torch.nn.functional.linear_cross_entropy since 2.13, which is ch
 it takes 1.13 times as long [1.11, 1.20] for 4096 tokens and 1.14 times [1.13, 1.16] for 2048, and 376 and 366 MiB where
 this takes 232 and 222, since its backward pass copies the weight's gradient (`minigpt2 bench loss --tokens 4096`: the
 124M head, float32, 2 threads of an AMD EPYC with AVX-512, torch 2.13.0); on an Intel Xeon it took 1.01 times as long
-[0.91, 1.05], in 398 MiB where this took 256. Under autocast its products stay float32; the gradients are nan where a mean
-is over ignored tokens alone; and it drops the tangents of forward-mode differentiation.
+[0.91, 1.05], in 398 MiB where this took 256. Under autocast its products stay float32; the gradients are nan where a
+mean is over ignored tokens alone; and it drops the tangents of forward-mode differentiation.
 The tests hold the two to the same numbers.
 """
 

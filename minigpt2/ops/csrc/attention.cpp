@@ -5,13 +5,13 @@
 //                S <- scale Q K^T;  m' <- max(m, rowmax S);  P <- exp(S - m');  factor <- exp(m - m')
 //                l <- factor l + rowsum P;  O <- factor O + dropout(P) V;  m <- m'
 //              out = O / l, and lse = m + log l is all that the backward pass needs to rebuild P.
-//              While a row's maximum grows by less than GROWTH, m stays, and O and l are spared the factor.
+//              While a row's maximum is above m by GROWTH at most, m stays, and O and l are spared the factor.
 //   backward:  delta <- rowsum(dOut * out)
 //              for a band of keys, for each tile of query rows on or below the diagonal:
 //                P <- exp(S - lse), S as above;  dP <- dropout(dOut V^T);  dS <- P (dP - delta)
 //                dV += dropout(P)^T dOut;  dK += scale dS^T Q;  dQ += scale dS K
 // q, k and v are read where the projection left them, in the packed (B, T, 3C) tensor, and copied tile by tile into
-// small contiguous buffers in the type that is multiplied. Every matrix product is one micro-kernel: a strip of
+// small contiguous buffers in the type that is multiplied. A matrix product is made of one micro-kernel: a strip of
 // ROWS x (PANEL vectors) that stays in registers. Tiles lie on one grid and are added in ascending order whatever the
 // bands and the threads are, so results do not depend on either, bit for bit.
 //
@@ -24,12 +24,12 @@
 //   P^T dOut, dS^T Q   both across their rows
 // Q, dOut and dS are needed both ways, and kept both ways.
 //
-// Where a processor has AMX, too, strips are of BLOCK rows and products are made by tiles (tiles.h). They take the left
-// operand along its rows, so the last two products are made transposed: dV^T = dOut^T P, dK^T = Q^T dS.
+// Where a processor has AMX, too, strips are of BLOCK rows and products are made in its registers (tiles.h). It takes
+// the left operand along its rows, so the last two products are made transposed: dV^T = dOut^T P, dK^T = Q^T dS.
 //
 // A product never touches a pair (row, key) above the diagonal, not even to multiply it by zero: a NaN reaches only the
-// rows that see it. Tiles do multiply by that zero; so where the diagonal cuts one, and what is multiplied by P or dS is
-// not all finite, its product is made without them.
+// rows that see it. AMX does multiply by that zero; so where the diagonal cuts a key tile, and what P or dS is to be
+// multiplied with is not all finite, the product is made without it.
 
 #include <algorithm>
 #include <cmath>
@@ -52,11 +52,12 @@ namespace {
 
 // Bytes are those of float32 at D = 64. Where bfloat16 is multiplied, which takes half of them, tiles and bands of the
 // backward pass are twice as long.
-constexpr int GROWTH = 8;           // of a row's maximum over m: P may be as large as e^8
+constexpr int GROWTH = 8;           // of a row's maximum over m: P is e^8 at most, and sums of P V bear that
 constexpr int QUERY_BAND = 384;     // forward: query rows that share one copy of a key tile; q and O take 192 KB of L2
 constexpr int QUERY_TILE = 48;      // backward: P and dS of a tile, 12 KB each, stay in L1 with one more operand
 constexpr int KEY_BAND = 384;       // backward: keys between two visits to a query row; 5 buffers of 96 KB in L2
-constexpr int MIN_BAND = 192;       // the smallest band: a multiple of KEYS, of 2 QUERY_TILE and of ROWS
+constexpr int MIN_BAND = 192;       // the smallest band backward: a multiple of KEYS, of 2 QUERY_TILE and of ROWS
+static_assert(MIN_BAND % BLOCK == 0 && 2 * QUERY_TILE % BLOCK == 0 && 2 * QUERY_BAND % BLOCK == 0);
 
 // Scores without their scale, which K^T takes where it can.
 template <class W> INLINE Vec<Sum<W>> scaled(Vec<Sum<W>> scores, Sum<W> scale) {
@@ -79,16 +80,16 @@ template <class S> struct Head {  // where one head's rows lie
 
 // Forward.
 
-// The softmax of one strip against one tile of keys, from scores s to dropout(P) in p. m, l and factor are the strip's
-// running maxima (of s), sums (by lane) and factors of rescaling. With `edge`, row i sees columns up to diagonal + i.
-// Returns whether a maximum grew.
+// The softmax of one strip against one tile of keys, from scores s to dropout(P) in p. m and l are what the rows have so
+// far: the maxima of s, or up to GROWTH less, and the sums by lane. With `edge`, row i sees columns up to diagonal + i.
+// Returns whether an m moved; then the sums so far are to be multiplied by `factor`.
 template <class W, int R, bool edge, class A = Sum<W>>
 INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, Vec<A>* l, A* factor,
                           const Dropout& dropout, const uint32_t (*keys)[2], int64_t first_column) {
   constexpr int n = LANES<A>;
   constexpr int strip_lanes = (R + n - 1) / n * n;
   alignas(64) A shift[strip_lanes] = {};
-  bool grew = false;
+  bool moved = false;
   for (int i = 0; i < R; i++) {
     Vec<A> high = splat(m[i]);
     UNROLL for (int j = 0; j < KEYS; j += n) {
@@ -103,16 +104,16 @@ INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, 
     const A old = m[i], most = largest_lane<A>(high);
     if (scaled<W>(splat(most - old), scale)[0] > GROWTH) {
       m[i] = most;
-      grew = true;
+      moved = true;
     }
     shift[i] = old - m[i];
   }
-  if (grew)
+  if (moved)
     UNROLL for (int i = 0; i < strip_lanes; i += n) store(factor + i, exp_negative(scaled<W>(load(shift + i), scale)));
   for (int i = 0; i < R; i++) {
     IntVec<A> mask[KEYS / n] = {};
     if (dropout.active) dropout.mask<A>(mask, keys[i], first_column);
-    Vec<A> sum = grew ? l[i] * factor[i] : l[i];
+    Vec<A> sum = moved ? l[i] * factor[i] : l[i];
     UNROLL for (int j = 0; j < KEYS; j += n) {
       if (edge && j >= columns) break;
       const Vec<A> e = exp_negative(scaled<W>(load(s + i * KEYS + j) - m[i], scale));
@@ -121,7 +122,7 @@ INLINE bool softmax_strip(A* s, W* p, int columns, int diagonal, A scale, A* m, 
     }
     l[i] = sum;
   }
-  return grew;
+  return moved;
 }
 
 // Query rows first_row ... first_row + rows of one head.
@@ -168,8 +169,8 @@ void forward_band(const Shape& shape, const Head<const S>& in, S* out, A* lse, i
         return softmax_strip<W, R, at_edge()>(s, p, columns, diagonal, scale, m + i, l + i, factor, dropout, keys + i,
                                               first_key);
       };
-      const bool grew = edge ? softmax(std::true_type{}) : softmax(std::false_type{});
-      const Into into = first_key == 0 ? Into::empty : grew ? Into::rescaled : Into::sum;
+      const bool moved = edge ? softmax(std::true_type{}) : softmax(std::false_type{});
+      const Into into = first_key == 0 ? Into::empty : moved ? Into::rescaled : Into::sum;
       seen_product<W, R, tiles>(O + i * D, D, p, KEYS / depth, v, D, D, columns / depth, diagonal, into, factor,
                                 exact && edge);
     }
@@ -188,8 +189,9 @@ template <class S, class A>
 void forward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t row_stride, void* out, void* lse,
              const Dropout& dropout) {
   const int64_t heads = shape.B * shape.H, enough = 2 * thread_count();
-  int band = QUERY_BAND * DEPTH<Operand<S, A>>;
-  while (band > ROWS * 8 && heads * ((shape.T + band - 1) / band) < enough) band /= 2;
+  constexpr int depth = DEPTH<Operand<S, A>>;
+  int band = QUERY_BAND * depth;
+  while (band > QUERY_TILE * depth && heads * ((shape.T + band - 1) / band) < enough) band /= 2;
   const int64_t bands = (shape.T + band - 1) / band;
   for_each_task(heads * bands, [&](int64_t task) {
     const int64_t head = task / bands, first_row = (bands - 1 - task % bands) * band;  // the longest first
@@ -205,12 +207,12 @@ void forward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t 
 
 // Backward.
 
-// The same way back: from scores s and dp = dOut V^T of one strip to dropout(P) and dS. With `edge` they are 0 where row
-// i does not see a column, which is after diagonal + i; without, anything.
+// The same way back: from scores s and dp = dOut V^T of one strip to dropout(P) and dS. With `edge` they are 0 after
+// column diagonal + i of row i, and in what follows the first `rows` rows; without, no product reads what lies there.
 template <class W, int R, bool edge, class A = Sum<W>>
-INLINE void softmax_backward_strip(const A* s, const A* dp, W* p_across, W* ds, W* ds_across, int columns, int diagonal,
-                                   A scale, const A* lse, A* delta, const Dropout& dropout, const uint32_t (*keys)[2],
-                                   int64_t first_column) {
+INLINE void softmax_backward_strip(const A* s, const A* dp, W* p_across, W* ds, W* ds_across, int rows, int columns,
+                                   int diagonal, A scale, const A* lse, A* delta, const Dropout& dropout,
+                                   const uint32_t (*keys)[2], int64_t first_column) {
   constexpr int n = LANES<A>, depth = DEPTH<W>;
   using Mask = IntVec<A>[KEYS / n];
   auto probability = [&](int i, int j) {
@@ -245,14 +247,14 @@ INLINE void softmax_backward_strip(const A* s, const A* dp, W* p_across, W* ds, 
       Vec<A> dropped_p[depth], row_ds[depth];
       UNROLL for (int row = 0; row < depth; row++) {
         const int i = first + row;
-        Vec<A> P = probability(i, j), dP = dp_dropped(i, j, mask[row]);
-        if constexpr (edge) {
-          const IntVec<A> seen = column_numbers<A>(j) <= diagonal + i;
-          P = where<A>(seen, P);
-          dP = where<A>(seen, dP);
-        }
+        const Vec<A> P = probability(i, j);
         dropped_p[row] = dropout.active ? where<A>(mask[row][j / n], P) : P;
-        row_ds[row] = P * (dP - delta[i]);
+        row_ds[row] = P * (dp_dropped(i, j, mask[row]) - delta[i]);
+        if constexpr (edge) {
+          const IntVec<A> seen = column_numbers<A>(j) <= (i < rows ? diagonal + i : -1);
+          dropped_p[row] = where<A>(seen, dropped_p[row]);
+          row_ds[row] = where<A>(seen, row_ds[row]);
+        }
         if constexpr (depth == 2) store_along(ds + (i * KEYS + j) / depth, row_ds[row]);
       }
       store_across(p_across + first * KEYS / depth + j, dropped_p);
@@ -347,6 +349,9 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
         lse[i] = i < rows ? lse_of_row[first_row + i] : A(0);
       }
       if (dropout.active) dropout.row_keys(keys, uint32_t(head), first_row, strips);
+      const bool rows_finite = !tiles || !part.dkv || first_row >= band_key + band ||
+                               (finite<A>(from_q, in.stride, rows, D) &&
+                                finite<A>(from_dout, grad_out_stride, rows, D));
       if (part.dq) {
         if (band_key == 0)
           std::memset(dq, 0, sizeof(A) * strips * D);
@@ -361,10 +366,11 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
         const int from_diagonal = int(std::min<int64_t>(first_row - first_key, BELOW));  // how far the tile is below it
         const int above = std::max(0, -from_diagonal) / R * R;  // rows that see none of the tile
         const bool cut = from_diagonal < KEYS - 1;
-        const bool exact =  // see seen_product
-            tiles && cut &&
-            !(finite<A>(in.k + first_key * in.stride, in.stride, int(std::min<int64_t>(KEYS, T - first_key)), D) &&
-              finite<A>(from_q, in.stride, rows, D) && finite<A>(from_dout, grad_out_stride, rows, D));
+        // Which products are to leave out what is not finite (see seen_product).
+        const bool exact_dkv = cut && !rows_finite;
+        const bool exact_dq =
+            tiles && part.dq && cut &&
+            !finite<A>(in.k + first_key * in.stride, in.stride, int(std::min<int64_t>(KEYS, T - first_key)), D);
         for (int i = above; i < strips; i += R) {
           const int diagonal = from_diagonal + i;
           const int columns = tiles ? KEYS : std::min(KEYS, round_up(diagonal + R, n));
@@ -374,19 +380,20 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
                                      columns, D / depth);
           const int at = i * KEYS / depth;
           auto softmax = [&](auto at_edge) {
-            softmax_backward_strip<W, R, at_edge()>(s, dp, p_across + at, ds + at, ds_across + at, columns, diagonal,
-                                                    scale, lse + i, delta + i, dropout, keys + i, first_key);
+            softmax_backward_strip<W, R, at_edge()>(s, dp, p_across + at, ds + at, ds_across + at, rows - i, columns,
+                                                    diagonal, scale, lse + i, delta + i, dropout, keys + i, first_key);
           };
-          tiles && cut ? softmax(std::true_type{}) : softmax(std::false_type{});
+          (tiles && cut) || i + R > rows ? softmax(std::true_type{}) : softmax(std::false_type{});
         }
         if (part.dkv) {
           A *to_dv = dv + t * D, *to_dk = dk + t * D;
           if constexpr (tiles) {
-            const W *p = p_across + above / depth * KEYS, *ds = ds_across + above / depth * KEYS;
-            turned_product(to_dv, dout_across + above / depth, query_tile / depth, p, D, KEYS, strips - above,
-                           from_diagonal + above, exact);
-            turned_product(to_dk, q_across + above / depth, query_tile / depth, ds, D, KEYS, strips - above,
-                           from_diagonal + above, exact);
+            auto add = [&](A* to, const W* turned, const W* across) {
+              turned_product(to, turned + above / depth, query_tile / depth, across + above / depth * KEYS, D, KEYS,
+                             strips - above, from_diagonal + above, exact_dkv);
+            };
+            add(to_dv, dout_across, p_across);
+            add(to_dk, q_across, ds_across);
           } else {
             auto add = [&](auto height, int key) {
               constexpr int rows = height();
@@ -402,7 +409,7 @@ void backward_head(const Shape& shape, const Part& part, const Head<const S>& in
         if (part.dq)
           for (int i = above; i < strips; i += R)
             seen_product<W, R, tiles>(dq + i * D, D, ds + i * KEYS / depth, KEYS / depth, k + t * D / depth, D, D,
-                                      KEYS / depth, from_diagonal + i, Into::sum, nullptr, exact);
+                                      KEYS / depth, from_diagonal + i, Into::sum, nullptr, exact_dq);
       }
 
       if (part.dq) {
@@ -476,7 +483,7 @@ void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t
 
 }  // namespace
 
-// What bfloat16 is multiplied with, where heads are of a multiple of BLOCK numbers: 0 float32, 1 pairs, 2 tiles of them.
+// What bfloat16 is multiplied with, where heads are of a multiple of BLOCK numbers: 0 float32, 1 pairs, 2 tiles.
 EXPORT int minigpt2_bfloat16_products() { return !MULTIPLIES_BFLOAT16 ? 0 : TILES && tiles_usable() ? 2 : 1; }
 
 // qkv (B, T, 3 H D); out (B, T, H D) and lse (B, H, T) are contiguous. D is a multiple of 16, up to 256. scale > 0. seed

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -11,7 +12,7 @@
 
 namespace minigpt2 {
 
-constexpr int KEYS = MASK_COLUMNS;  // of a tile: a strip of scores is 1.5 KB, K^T and V of a tile 16 KB each
+constexpr int KEYS = MASK_COLUMNS;  // of a tile: a strip of scores is 1.5 KB, or 8 KB on AMX, K^T and V 16 KB each
 
 // to (padded x D, along its rows) = rows of from, then zeros.
 template <class W, class S> void copy_along(W* to, const S* from, int64_t stride, int rows, int padded, int D) {
@@ -54,7 +55,7 @@ void copy_transposed(W* to, const S* from, int64_t stride, int rows, int D, [[ma
     }
 }
 
-// to (D x padded, along its rows) = the transpose of rows of from, then zeros. Strides count words of `to`.
+// to (D x padded, along its rows) = the transpose of rows of from, then zeros. stride_to counts words.
 template <class S>
 void copy_turned(Pair* to, ptrdiff_t stride_to, const S* from, int64_t stride, int rows, int padded, int D) {
   constexpr int n = LANES<Pair>;
@@ -63,7 +64,7 @@ void copy_turned(Pair* to, ptrdiff_t stride_to, const S* from, int64_t stride, i
       Vec<Pair> square[n];
       UNROLL for (int i = 0; i < n; i++) {
         const int row = 2 * (k + i);
-        const S* at = from + row * stride + d;
+        const S* at = from + std::min(row, rows - 1) * stride + d;
         square[i] = row < rows ? load_across<Pair>(at, row + 1 < rows ? at + stride : nullptr) : Vec<Pair>{};
       }
       transpose<Pair>(square);

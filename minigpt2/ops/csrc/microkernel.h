@@ -1,6 +1,6 @@
 // The micro-kernel: a strip of a matrix product, of a few rows and a few vectors of columns, that stays in registers.
 //
-// Every product of attention is made of such strips.
+// Every product of attention is made of such strips, but where a processor has better (tiles.h).
 
 #pragma once
 

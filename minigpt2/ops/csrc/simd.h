@@ -104,7 +104,7 @@ template <class A> INLINE A sum_lanes(Vec<A> v) {
 
 // exp(x) for x <= 0, or somewhat more (up to 80). With n = round(x / ln 2) and r = x - n ln 2 in [-0.35, 0.35], a
 // polynomial of degree 5 gives e^r to 1e-7; multiplying by 2^n (not adding n to the exponent's bits) keeps a NaN a NaN.
-// Below -87 the result would be subnormal: it is 0. ln 2 in one float is exact enough: it is off by 2e-9, times n <= 126.
+// Below -87 the result would be subnormal: it is 0. ln 2 in one float is exact enough: it is off by 2e-9, times |n|.
 INLINE Vec<float> exp_negative(Vec<float> x) {
   const Vec<float> magic = splat(0x1.8p23f + 127);  // adding it rounds to an integer and leaves n + 127 in the low bits
   Vec<float> t = x * 1.44269504f + magic;

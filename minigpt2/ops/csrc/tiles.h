@@ -1,12 +1,14 @@
 // Matrix products of pairs on AMX, a processor's unit for tiles: matrices of 16 rows of 64 bytes in registers, of which
-// one instruction multiplies two, 16 x 16 pairs each, and adds the product to a third, of 16 x 16 floats. That is 16
-// times what a vector of pairs does. Sums round in the order of the unit, which the number of threads does not change.
+// one instruction multiplies two, 16 x 16 pairs each, and adds the product to a third, of 16 x 16 floats. Vectors of
+// pairs do a sixteenth of that in the time. How sums round is up to the unit, and the same in every run.
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "microkernel.h"
@@ -49,10 +51,10 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// c (BLOCK x BLOCK) = a b, or c += a b with `add`. a lies along its rows, b across them; words: of the dimension that is
-// summed over, a multiple of 16. Strides count words and floats.
-INLINE void block_product(float* c, ptrdiff_t ldc, const Pair* a, ptrdiff_t lda, const Pair* b, ptrdiff_t ldb, int words,
-                          bool add) {
+// c (BLOCK x BLOCK) = a b, or c += a b with `add`. a lies along its rows, b across them; words: of the dimension that
+// is summed over, a multiple of 16. Strides count words and floats.
+INLINE void block_product(float* c, ptrdiff_t ldc, const Pair* a, ptrdiff_t lda, const Pair* b, ptrdiff_t ldb,
+                          int words, bool add) {
   const ptrdiff_t c_bytes = 4 * ldc, a_bytes = 4 * lda, b_bytes = 4 * ldb;
   if (add) {
     _tile_loadd(0, c, c_bytes);
@@ -108,7 +110,7 @@ template <class W, class F> void with_tiles(int D, const F& f) {
       return f(std::true_type{});
     }
   }
-  f(std::false_type{});
+  return f(std::false_type{});
 }
 
 // R rows: c (R x columns) = a b.
@@ -120,7 +122,7 @@ INLINE void whole_product(A* c, ptrdiff_t ldc, const W* a, ptrdiff_t lda, const 
 }
 
 // R rows: c gets a b, of which row i sees k <= diagonal + i. Tiles multiply what it does not see too, where a is to be
-// 0: that is the same but for what is not finite in b. With `exact` strips of two rows see what they should.
+// 0: that is the same but for what is not finite in b. With `exact`, strips of two rows leave out what is not seen.
 template <class W, int R, bool tiles, class A = Sum<W>>
 INLINE void seen_product(A* c, ptrdiff_t ldc, const W* a, ptrdiff_t lda, const W* b, ptrdiff_t ldb, int columns,
                          int words, int diagonal, Into into, const std::type_identity_t<A>* factor, bool exact) {
@@ -138,8 +140,8 @@ INLINE void seen_product(A* c, ptrdiff_t ldc, const W* a, ptrdiff_t lda, const W
   }
 }
 
-// c (D x columns) += a b, a (D x rows) along, b (rows x columns) across. Row i of b is 0 after column diagonal + i; with
-// `exact` it is not even multiplied there.
+// c (D x columns) += a b, a (D x rows) along, b (rows x columns) across. Row i of b is 0 after column diagonal + i;
+// with `exact` it is not even multiplied there.
 inline void turned_product(float* c, const Pair* a, ptrdiff_t lda, const Pair* b, int D, int columns, int rows,
                            int diagonal, bool exact) {
   if (!exact) return tile_product(c, columns, a, lda, b, columns, D, columns, rows / 2, true);

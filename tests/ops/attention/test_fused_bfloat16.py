@@ -1,6 +1,7 @@
 """bfloat16 is multiplied as bfloat16 on some processors and as float32 on the others: on the first both are tested, and
 where they have two ways to multiply it, those."""
 
+import ctypes
 import os
 import shlex
 import subprocess
@@ -48,8 +49,11 @@ def test_the_best_unit_of_the_processor_is_used():
     )
     if compiler.returncode:
         pytest.skip(f"the compiler does not say what it knows: {compiler.stderr}")
-    pairs, tiles = (f"#define {name} 1" in compiler.stdout for name in ("__AVX512BF16__", "__AMX_BF16__"))
-    best = "amx_bf16" if pairs and tiles and sys.platform == "linux" else "avx512_bf16" if pairs else "float32"
+    names = ("__AVX512BF16__", "__AMX_BF16__", "__AMX_TILE__")
+    pairs, *tiles = (f"#define {name} 1" in compiler.stdout for name in names)
+    best = "avx512_bf16" if pairs else "float32"
+    if pairs and all(tiles) and sys.platform == "linux" and not ctypes.CDLL(None).syscall(158, 0x1023, 18):
+        best = "amx_bf16"  # the system grants its use to those that ask, as this test has
     assert kernel.bfloat16_products() == best
 
 
