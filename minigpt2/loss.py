@@ -164,6 +164,8 @@ def _linear_cross_entropy(
     compiled = dtype in _COMPILED and all(map(kernel.serves, (hidden, head)))
     # All chunks share this memory; the weight's gradient is summed in float32.
     narrow = hidden.new_empty(0 if onednn else chunk_size, width, dtype=dtype)
+    # Of a bfloat16 matrix with padded rows oneDNN reads the padding too on AMX, and multiplies it by zero (torch 2.13).
+    narrow[:, vocab:] = 0
     padded = narrow if compiled or dtype == wide else torch.empty_like(narrow, dtype=wide)
     weight_sum = grad_weight if grad_weight.dtype == wide else torch.empty_like(grad_weight, dtype=wide)
     weight_sum = weight_sum if tokens else weight_sum.zero_()  # without tokens no chunk writes it

@@ -169,6 +169,19 @@ def test_bfloat16_is_as_good_as_the_plain_form(autocast: bool, reduction: str) -
         assert (a - truth).norm() <= 2 * (b - truth).norm() + 1e-6 * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_memory_held_before_does_not_matter(dtype: torch.dtype) -> None:
+    hidden = torch.randn(100, 64).to(dtype).requires_grad_()
+    weight = torch.randn(997, 64).to(dtype).requires_grad_()
+    torch.use_deterministic_algorithms(True)  # with which PyTorch fills new memory with NaN
+    try:
+        assert torch.empty(1, dtype=dtype).isnan().all()
+        found = value_and_gradients(linear_cross_entropy, (hidden, weight, torch.arange(100)), chunk_size=64)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(t.isfinite().all() for t in found)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_int32_targets(reduction: str) -> None:
     hidden, weight, targets = inputs(2, 7)
