@@ -35,7 +35,7 @@ from minigpt2.config import GPT2Config
 from minigpt2.device import resident_bytes
 from minigpt2.loss import chunk_shape
 from minigpt2.machine import free_bytes
-from minigpt2.ops.adamw import blocks
+from minigpt2.ops.kernel import adamw_blocks as blocks
 from minigpt2.ops.products import BLOCK, onednn_serves
 from minigpt2.recompute import check_checkpoint_every, check_recompute, segments
 

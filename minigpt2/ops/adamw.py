@@ -33,7 +33,7 @@ from torch import Tensor
 
 from minigpt2.ops import kernel
 
-__all__ = ["CODES", "DTYPES", "Step", "adamw_step", "blocks", "decode", "encode"]
+__all__ = ["CODES", "DTYPES", "Step", "adamw_step", "decode", "encode"]
 
 DTYPES = {"bf16": torch.bfloat16, "8bit": torch.uint8}
 """What the moments are stored in."""
@@ -47,11 +47,6 @@ _SHIFT = 23 - _FRACTION
 
 CODES = f"floats of {_FRACTION} bits of fraction, blocks of {kernel.ADAMW_BLOCK}"
 """What moments in 8 bits are; a snapshot says it."""
-
-
-def blocks(columns: int) -> int:
-    """How many scales a row of so many elements has."""
-    return -(-columns // kernel.ADAMW_BLOCK)
 
 
 class Step(NamedTuple):
@@ -76,7 +71,7 @@ def adamw_step(
     first_row: int = 0,
 ) -> None:
     """Move p, a float32 matrix (rows, columns), by its gradient, in place, and with it its two moments, in bfloat16 or
-    uint8, and of uint8 ones the scales, float32 (rows, blocks(columns)). `seed` (32 bits) and the number of p's
+    uint8, and of uint8 ones the scales, float32 (rows, adamw_blocks(columns)). `seed` (32 bits) and the number of p's
     first row in the whole matrix decide the rounding. All tensors contiguous, on one device."""
     correction1, correction2 = (1 - beta**step.number for beta in (step.beta1, step.beta2))
     keep = 1 - step.lr * step.weight_decay
@@ -131,7 +126,7 @@ def encode(values: Tensor, random: Tensor, *, scaled: bool, second: bool) -> tup
         return bits.view(torch.float32).bfloat16(), None
     rows, columns = values.shape
     padded = torch.nn.functional.pad(values.abs(), (0, -columns % kernel.ADAMW_BLOCK))
-    scale = padded.view(rows, blocks(columns), kernel.ADAMW_BLOCK).amax(2)
+    scale = padded.view(rows, kernel.adamw_blocks(columns), kernel.ADAMW_BLOCK).amax(2)
     relative = values * _of_elements(torch.where(scale > 0, 1 / scale, 0), columns)
     size, random, least = relative.abs(), (random & ((1 << _SHIFT) - 1)).int(), _least(second)
     below = size > 0 if second else size * (2**_SHIFT / least) > random

@@ -21,6 +21,7 @@ __all__ = [
     "DTYPES",
     "FEW",
     "adamw",
+    "adamw_blocks",
     "attention",
     "attention_backward",
     "bfloat16_products",
@@ -188,6 +189,11 @@ def few_rows_as_they_are(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return out
 
 
+def adamw_blocks(columns: int) -> int:
+    """How many scales `adamw` has for a row of so many elements."""
+    return -(-columns // ADAMW_BLOCK)
+
+
 def adamw(
     p: Tensor,
     grad: Tensor,
@@ -208,7 +214,7 @@ def adamw(
             f"weights and gradient must be float32 matrices, and the moments {kind} of their shape: {found}"
         )
     scaled = list(scales or ())
-    blocks = -(-p.size(1) // ADAMW_BLOCK)
+    blocks = adamw_blocks(p.size(1))
     if any(s.shape != (p.size(0), blocks) or s.dtype != torch.float32 for s in scaled):
         raise ValueError(f"scales must be float32 ({p.size(0)}, {blocks})")
     tensors = [p, grad, first, second, *scaled]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from minigpt2.model import GPT2
-from minigpt2.ops.adamw import DTYPES, Step, adamw_step, blocks
+from minigpt2.ops.adamw import DTYPES, Step, adamw_step
+from minigpt2.ops.kernel import adamw_blocks
 from minigpt2.ops.products import bfloat16_unit
 from minigpt2.torch_private import muon
 from minigpt2.training.shards import first_row, full_tensor, local_tensor, sharded
@@ -94,7 +95,7 @@ class AdamW(Stepper):
         dtype = DTYPES[self.moments] if self._lowered(p) else p.dtype
         state = {key: torch.zeros_like(p, dtype=dtype) for key in MOMENTS}
         if dtype == torch.uint8:
-            state |= {f"{key}_scale": torch.zeros_like(p[:, : blocks(p.size(1))]) for key in MOMENTS}
+            state |= {f"{key}_scale": torch.zeros_like(p[:, : adamw_blocks(p.size(1))]) for key in MOMENTS}
         return state | {"step": torch.zeros((), device=p.device)}
 
     def _step_lowered(self, p: Tensor, group: dict[str, Any]) -> None:

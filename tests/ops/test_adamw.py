@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from minigpt2.ops import adamw, kernel
-from minigpt2.ops.adamw import DTYPES, Step, adamw_step, blocks, decode, encode, random_words
+from minigpt2.ops.adamw import DTYPES, Step, adamw_step, decode, encode, random_words
 
 KINDS = ["bf16", "8bit"]
 
 
 def state(shape: tuple[int, int], kind: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     moments = torch.zeros(shape, dtype=DTYPES[kind]), torch.zeros(shape, dtype=DTYPES[kind])
-    scales = torch.zeros(shape[0], blocks(shape[1])), torch.zeros(shape[0], blocks(shape[1]))
+    scales = torch.zeros(shape[0], kernel.adamw_blocks(shape[1])), torch.zeros(shape[0], kernel.adamw_blocks(shape[1]))
     return moments, None if kind == "bf16" else scales
 
 

@@ -484,7 +484,7 @@ void backward(const Shape& shape, const void* qkv, int64_t batch_stride, int64_t
 }  // namespace
 
 // What bfloat16 is multiplied with, where heads are of a multiple of BLOCK numbers: 0 float32, 1 pairs, 2 tiles.
-EXPORT int minigpt2_bfloat16_products() { return !MULTIPLIES_BFLOAT16 ? 0 : TILES && tiles_usable() ? 2 : 1; }
+EXPORT int minigpt2_bfloat16_products() { return !MULTIPLIES_BFLOAT16 ? 0 : tiles_usable() ? 2 : 1; }
 
 // qkv (B, T, 3 H D); out (B, T, H D) and lse (B, H, T) are contiguous. D is a multiple of 16, up to 256. scale > 0. seed
 // is null without dropout.

@@ -24,14 +24,10 @@
 
 namespace minigpt2 {
 
-#ifdef MINIGPT2_TILES
-constexpr bool TILES = true;
-#else
-constexpr bool TILES = false;
-#endif
 constexpr int BLOCK = 32;  // rows and columns of a product that are made at a time: 2 x 2 tiles of sums
 
 #ifdef MINIGPT2_TILES
+constexpr bool TILES = true;
 
 // Whether this process may use tiles, which Linux grants to those that ask (docs.kernel.org: arch/x86/xstate).
 inline bool tiles_usable() {
@@ -94,6 +90,7 @@ inline void tile_product(float* c, ptrdiff_t ldc, const Pair* a, ptrdiff_t lda, 
 }
 
 #else
+constexpr bool TILES = false;
 
 inline bool tiles_usable() { return false; }
 struct Tiles {};
