@@ -21,8 +21,8 @@ using namespace minigpt2;
 namespace {
 
 constexpr int FEW = 8;
-constexpr int CHUNKS = 8;         // into which the rows of w are cut, each with sums of its own
-constexpr int STREAMS = 8;        // rows of w read side by side
+constexpr int CHUNKS = 4;         // into which the rows of w are cut, each with sums of its own; more threads share one
+constexpr int STREAMS = 16;       // rows of w read side by side
 constexpr int ROWS_A_TASK = 128;  // of a transposed w
 constexpr int SUMS = REGISTERS / 2;  // vectors of them that stay in registers
 
@@ -48,30 +48,34 @@ INLINE void assign(BFloat16& to, float x) {
 // out (M x N) = bias + x w, for w (K x N); N is a multiple of two vectors.
 template <int M, class S, class A>
 void few_rows(int64_t K, int64_t N, const S* x, int64_t x_stride, const S* w, const S* bias, S* out) {
-  constexpr int n = LANES<A>, NV = M > 4 ? 1 : 2, panel = NV * n, panels_a_task = 8;
+  constexpr int n = LANES<A>, NV = M > 4 && REGISTERS < 32 ? 1 : 2, panel = NV * n, panels_a_task = 8;
   const int64_t chunk = round_up((K + CHUNKS - 1) / CHUNKS, STREAMS), chunks = (K + chunk - 1) / chunk;
-  const int64_t panels = N / panel;
-  scratch.reserve(sizeof(A) * M * (K + 16 + chunks * N));
-  A* columns = scratch.take<A>(M * K);           // x transposed: K x M
-  A* partial = scratch.take<A>(chunks * M * N);  // of each chunk, panel by panel, M rows in each
-  for_each_task(chunks, [&](int64_t task) {
-    const int64_t first = task * chunk, end = std::min(K, first + chunk);
+  const int64_t panels = N / panel, groups = std::min((thread_count() + chunks - 1) / chunks, panels);
+  scratch.reserve(sizeof(A) * M * (groups * (K + 16 * chunks) + 16 + chunks * N));
+  A* columns = scratch.take<A>(groups * M * (K + 16 * chunks));  // of each task, x transposed: K x M
+  A* partial = scratch.take<A>(chunks * M * N);                  // of each chunk, panel by panel, M rows in each
+  for_each_task(chunks * groups, [&](int64_t task) {
+    const int64_t part = task / groups, group = task % groups;  // of the chunks, and of the panels
+    const int64_t first = part * chunk, end = std::min(K, first + chunk);
+    A* column = columns + task * M * chunk;
     for (int64_t k = first; k < end; k++)
-      for (int i = 0; i < M; i++) columns[k * M + i] = element(x[i * x_stride + k]);
+      for (int i = 0; i < M; i++) column[(k - first) * M + i] = element(x[i * x_stride + k]);
     for (int64_t begin = first; begin < end; begin += STREAMS) {
       const int64_t stop = std::min(end, begin + STREAMS);
-      A* to = partial + task * M * N;
-      for (int64_t column = 0; column < N; column += panel) {
+      for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; p++) {
         Vec<A> sum[M][NV] = {};
         for (int64_t k = begin; k < stop; k++) {
+          const S* from = w + k * N + p * panel;
           Vec<A> row[NV];
-          UNROLL for (int v = 0; v < NV; v++) row[v] = load_as<A>(w + k * N + column + v * n);
-          prefetch<panel * sizeof(S)>(w + (k + STREAMS) * N + column);
+          UNROLL for (int v = 0; v < NV; v++) row[v] = load_as<A>(from + v * n);
+          prefetch<panel * sizeof(S)>(from + STREAMS * N);
           UNROLL for (int i = 0; i < M; i++)
-            UNROLL for (int v = 0; v < NV; v++) sum[i][v] += columns[k * M + i] * row[v];
+            UNROLL for (int v = 0; v < NV; v++) sum[i][v] += column[(k - first) * M + i] * row[v];
         }
+        A* to = partial + (part * panels + p) * M * panel;
         UNROLL for (int i = 0; i < M; i++)
-          UNROLL for (int v = 0; v < NV; v++, to += n) store(to, begin == first ? sum[i][v] : load(to) + sum[i][v]);
+          UNROLL for (int v = 0; v < NV; v++, to += n)
+            store(to, begin == first ? sum[i][v] : load(to) + sum[i][v]);
       }
     }
   });
