@@ -301,7 +301,7 @@ class _Sizes:
         self.other_weights = (config.n_positions * C + 2 * C) * wide
         self.own_head = 0 if config.tie_word_embeddings else self.head_weights
         self.embeddings = self.head_weights + self.own_head + config.n_positions * C * wide
-        rows, width = chunk_shape(B * T, V)
+        rows, width = chunk_shape(B * T, V, dtype=torch.bfloat16 if cpu and autocast else torch.float32)
         self.chunk = rows * width * wide + 2 * rows * C * wide
         if autocast:  # the head and a chunk in lower precision, a block of the head's gradient, and what is widened
             self.chunk += (V * C + rows * width + min(V, BLOCK) * C) * e + 2 * rows * C * wide

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from minigpt2 import GPT2, GPT2Config
-from minigpt2.loss import _chunked, linear_cross_entropy
+from minigpt2.loss import _chunked, chunk_shape, linear_cross_entropy
 
 N, C, V = 23, 8, 101  # primes where it matters: no chunk size divides N, no padding is needed by chance
 REDUCTIONS = ["mean", "sum", "none"]
@@ -310,6 +310,19 @@ def test_memory_is_the_gradients_and_one_chunk() -> None:
     with torch.no_grad():
         peak = peak_bytes(lambda: linear_cross_entropy(hidden, weight, targets, chunk_size=size))
     assert chunk <= peak <= chunk + small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 31, 33, 342, 666, 4096, 8191])
+@pytest.mark.parametrize("most", [None, 1, 7, 32, 100, 5000])
+def test_a_chunk_is_as_long_as_asked_and_as_products_want_it(tokens: int, most: int | None, dtype: torch.dtype) -> None:
+    rows, width = chunk_shape(tokens, 50257, most, dtype)
+    size = 2 if dtype == torch.bfloat16 else 4
+    assert rows <= (most or tokens)
+    assert rows == tokens or rows % 32 == 0 or (most and rows == most < 32)
+    assert rows * width * size <= (50 if size == 2 else 64) * 2**20 or most
+    assert (rows > 0) == (tokens > 0)
+    assert (width - 50257, width % 64) == (47, 0)
 
 
 def test_the_weight_gradient_becomes_grad_without_a_copy() -> None:

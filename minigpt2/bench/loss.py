@@ -66,8 +66,9 @@ def _step(library: str, n: int, width: int, vocab: int, bfloat16: bool) -> Calla
     weight = torch.randn(vocab, width).mul_(GPT2Config().initializer_range).requires_grad_()
     targets = torch.randint(vocab, (n,))
     loss: Callable[..., torch.Tensor] = linear_cross_entropy
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     if library == "torch":
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_shape(n, vocab)[0])
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_shape(n, vocab, dtype=dtype)[0])
         loss = functools.partial(F.linear_cross_entropy, options=options)
 
     def step() -> None:

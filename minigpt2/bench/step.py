@@ -169,7 +169,7 @@ def roofline_seconds(
     torch.mm in `dtype`, or as the model makes it (the best of `repeats`), and attention is charged at the rate of the
     fastest of them."""
     N, C = batch * length, config.n_embd
-    rows, V = chunk_shape(N, config.vocab_size)  # the head is worked through in chunks, whose rows are padded
+    rows, V = chunk_shape(N, config.vocab_size, dtype=dtype)  # chunks of the head, whose rows are padded
     block = [(N, C, 3 * C), (N, C, C), (N, C, config.inner), (N, config.inner, C)]
     products: list[tuple[float, tuple[int, int, int], bool]] = [(config.n_layer, shape, False) for shape in block]
     products.append((N / rows, (rows, C, V), True))  # the head lies as the embedding does
