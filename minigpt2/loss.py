@@ -44,8 +44,8 @@ __all__ = ["chunk_shape", "linear_cross_entropy"]
 # time take 1.4 times as long, 128 take 1.15 times and 256 take 1.05 times, with half the memory (2 cores, AVX-512,
 # C = 768).
 _CHUNK_BYTES = {4: 64 * 2**20, 2: 50 * 2**20}
-# On AMX the loss of 342 tokens in bfloat16 took 1.2 to 1.4 times as long as that of 352 (`minigpt2 bench loss --bfloat16
-# --tokens 342`).
+# On AMX the loss of 342 tokens in bfloat16 took 1.2 to 1.4 times as long as that of 352 (`minigpt2 bench loss --tokens
+# 342 --bfloat16`).
 _TOKEN_MULTIPLE = 32
 # MKL writes rows of logits that start on a cache line 1.4 times as fast as rows of 50257 floats. So a chunk's rows are
 # padded to a multiple of this many elements; the padding holds logits of -inf, which softmax turns into zeros.
@@ -67,7 +67,8 @@ def linear_cross_entropy(
     hidden: (..., C), the output of the last LayerNorm. weight: (V, C), the head, in the same dtype unless autocast is
     on. targets: (...), ids in [0, V), int64 or int32, or ignore_index where a token does not count.
     reduction: "mean" over the tokens that count, "sum", or "none": the loss of each token, in the shape of targets.
-    chunk_size: the most tokens at a time; None stands for as many as have 64 MiB of logits, 50 of bfloat16 on a CPU.
+    chunk_size: the most tokens at a time; None stands for as many as have 64 MiB of float32 logits, or 50 MiB of
+    bfloat16 ones where the compiled kernel serves.
 
     The loss is float32, or float64 for float64 inputs. Under autocast, and for inputs of lower precision, the matrix
     products are in the lower precision; softmax, losses and the sum of the weight's gradient over chunks are float32.
@@ -106,7 +107,7 @@ def linear_cross_entropy(
         if outside.numel():
             raise ValueError(f"target {outside[0].item()} is neither in [0, {vocab}) nor ignore_index ({ignore_index})")
 
-    chunk_size, _ = chunk_shape(targets.numel(), vocab, chunk_size, dtype if hidden.is_cpu else torch.float32)
+    chunk_size = chunk_size or _most_tokens(vocab, dtype if kernel.serves(hidden) else torch.float32)
     total = reduction != "none"
     gradients = total and torch.is_grad_enabled()
     flat = hidden.reshape(targets.numel(), hidden.shape[-1])
@@ -122,15 +123,20 @@ def linear_cross_entropy(
 def chunk_shape(
     tokens: int, vocab: int, most: int | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[int, int]:
-    """Rows and padded columns of a chunk of logits: at most `most` tokens, or as many as have 64 MiB of logits in
-    float32, or 50 MiB in bfloat16."""
+    """Rows and padded columns of a chunk of logits in dtype: at most `most` tokens, or as many as a chunk has bytes
+    for."""
+    most = most or _most_tokens(vocab, dtype)
+    rows, width = tokens, _round_up(vocab, _ROW_MULTIPLE)
+    if tokens > most:
+        # Of equal size, but for rounding, since a small last one would cost as much as a large one.
+        multiple = _TOKEN_MULTIPLE if most >= 2 * _TOKEN_MULTIPLE else 1
+        rows = _round_up(-(-tokens // -(-tokens // (most // multiple * multiple))), multiple)
+    return rows, width
+
+
+def _most_tokens(vocab: int, dtype: torch.dtype) -> int:
     size = 2 if dtype == torch.bfloat16 else 4
-    most = most or max(1, _CHUNK_BYTES[size] // (size * vocab))
-    if most > _TOKEN_MULTIPLE:
-        most -= most % _TOKEN_MULTIPLE
-    # Chunks of nearly equal size, since a small last one would cost as much as a large one.
-    rows = _round_up(-(-tokens // max(1, -(-tokens // most))), _TOKEN_MULTIPLE)
-    return min(rows, most, tokens), _round_up(vocab, _ROW_MULTIPLE)
+    return max(1, _CHUNK_BYTES[size] // (size * vocab))
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -171,7 +177,7 @@ def _linear_cross_entropy(
     labels = torch.where(counts, targets, 0).unsqueeze(1)
     factors = torch.where(counts, 1.0 if grad_losses is None else grad_losses, 0.0).to(wide).unsqueeze(1)
     head = weight.to(dtype)
-    width = _round_up(vocab, _ROW_MULTIPLE)
+    chunk_size, width = chunk_shape(tokens, vocab, chunk_size)
     onednn = onednn_serves(chunk_size * head.numel(), hidden, head)  # which allocates the logits itself, unpadded
 
     # The compiled kernel makes d in the memory of the logits; without it, lower precision has it made in float32.

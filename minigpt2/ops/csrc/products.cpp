@@ -50,9 +50,9 @@ template <int M, class S, class A>
 void few_rows(int64_t K, int64_t N, const S* x, int64_t x_stride, const S* w, const S* bias, S* out) {
   constexpr int n = LANES<A>, NV = M > 4 && REGISTERS < 32 ? 1 : 2, panel = NV * n, panels_a_task = 8;
   const int64_t chunk = round_up((K + CHUNKS - 1) / CHUNKS, STREAMS), chunks = (K + chunk - 1) / chunk;
-  const int64_t panels = N / panel, groups = std::min((thread_count() + chunks - 1) / chunks, panels);
+  const int64_t panels = N / panel, groups = std::min((2 * thread_count() + chunks - 1) / chunks, panels);
   scratch.reserve(sizeof(A) * M * (groups * (K + 16 * chunks) + 16 + chunks * N));
-  A* columns = scratch.take<A>(groups * M * (K + 16 * chunks));  // of each task, x transposed: K x M
+  A* columns = scratch.take<A>(groups * M * (K + 16 * chunks));  // of each task, its chunk of x, transposed
   A* partial = scratch.take<A>(chunks * M * N);                  // of each chunk, panel by panel, M rows in each
   for_each_task(chunks * groups, [&](int64_t task) {
     const int64_t part = task / groups, group = task % groups;  // of the chunks, and of the panels
