@@ -94,7 +94,8 @@ class TrainConfig(TextOptions):
     and the processor or GPU multiplies bfloat16; else, with --init, with --moments in less and with fsdp, adamw."""
     lr: Annotated[float | None, optional("FLOAT")] = None
     """Peak learning rate of the blocks' matrices; a cosine brings it down to a tenth. Default: for muon
-    0.02 * sqrt(192 / width), for adamw 0.192 / width; with --init 5e-3 and 1e-4."""
+    0.02 * sqrt(192 / width); for adamw 0.192 / width, times sqrt(tokens / 2048) where a step has fewer tokens; with
+    --init 5e-3 and 1e-4."""
     embedding_lr: Annotated[float | None, optional("FLOAT")] = None
     """Peak learning rate of embeddings, biases and LayerNorms. Default: 6e-3 for muon, 3e-3 for adamw; for adamw with
     --lr the same as the matrices'; with --init 1e-4."""
@@ -186,17 +187,20 @@ class TrainConfig(TextOptions):
     def _recipe_from_scratch(self) -> dict[str, Any]:
         """How a fresh model is trained where nothing else is said.
 
-        The rate of AdamW for the blocks' matrices falls with the width, as in Yang et al. 2022 (arXiv:2203.03466); that
-        of Muon with its root, which fits the best of five rates at five widths, one seed each, and has no other source;
-        those of embeddings and vectors do not. At 6 blocks of width 192, 300 steps of 8 x 256 tokens of Shakespeare, a
-        validation loss of 4.98 came with AdamW and 4.45 with Muon in 1.03 of the time (minigpt2/bench/README.md has the
-        commands and the sweeps), and 4.52 with Muon and 3e-3 for the embeddings (one seed).
+        The rate of AdamW for the blocks' matrices falls with the width, as in Yang et al. 2022 (arXiv:2203.03466), and
+        with the root of the tokens in a step, as in Malladi et al. 2022 (arXiv:2205.10287), below the 2048 that it was
+        measured with; more were not, and raise it no further. That of Muon falls with the root of the width, which fits
+        the best of five rates at five widths and has no other source. Those of embeddings and vectors stay. At 6 blocks
+        of width 192, 300 steps of 8 x 256 tokens of Shakespeare, a validation loss of 4.98 came with AdamW and 4.45
+        with Muon in 1.03 of the time (minigpt2/bench/README.md has the commands and the sweeps), and 4.52 with Muon and
+        3e-3 for the embeddings (one seed).
         """
         pays = self.parallel != "fsdp" and self.moments in (None, "fp32") and muon_pays(pick_device(self.device))
         optimizer = self.optimizer or ("muon" if pays else "adamw")
         width = self.n_embd or FROM_SCRATCH["n_embd"]
-        lr = 0.02 * math.sqrt(192 / width) if optimizer == "muon" else 0.192 / width
-        lr = float(f"{lr:.3g}")  # as the run prints it
+        tokens = self.batch * self.accumulate * (self.length or FROM_SCRATCH["length"])
+        of_adamw = 0.192 / width * math.sqrt(min(1, tokens / 2048))
+        lr = float(f"{0.02 * math.sqrt(192 / width) if optimizer == 'muon' else of_adamw:.3g}")  # as the run prints it
         embedding_lr = 6e-3 if optimizer == "muon" else 3e-3 if self.lr is None else self.lr
         warmup = max(1, self.max_steps // 10)
         recipe = {"optimizer": optimizer, "lr": lr, "embedding_lr": embedding_lr, "warmup": warmup}
