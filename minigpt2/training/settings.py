@@ -200,7 +200,8 @@ class TrainConfig(TextOptions):
         width = self.n_embd or FROM_SCRATCH["n_embd"]
         tokens = self.batch * self.accumulate * (self.length or FROM_SCRATCH["length"])
         of_adamw = 0.192 / width * math.sqrt(min(1, tokens / 2048))
-        lr = float(f"{0.02 * math.sqrt(192 / width) if optimizer == 'muon' else of_adamw:.3g}")  # as the run prints it
+        lr = 0.02 * math.sqrt(192 / width) if optimizer == "muon" else of_adamw
+        lr = float(f"{lr:.3g}")  # 0.0245, not 0.02449489742783178
         embedding_lr = 6e-3 if optimizer == "muon" else 3e-3 if self.lr is None else self.lr
         warmup = max(1, self.max_steps // 10)
         recipe = {"optimizer": optimizer, "lr": lr, "embedding_lr": embedding_lr, "warmup": warmup}
