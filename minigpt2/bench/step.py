@@ -125,8 +125,8 @@ def bench_step(
 # of an operation of our own is recorded under the name that torch.library gives its autograd function.
 _FORWARD = "GeneratedBackwardFor_minigpt2_"
 _LINES = {
-    "matrix products": "aten::mm aten::addmm mkldnn:: aten::mkldnn _Kept _Filled",
-    "copies for them": "aten::to_mkldnn aten::copy_ aten::clone aten::contiguous",
+    "matrix products": "aten::mm aten::addmm mkldnn:: aten::mkldnn _Filled",
+    "copies for them": "_Kept aten::to_mkldnn aten::copy_ aten::clone aten::contiguous",
     "attention": f"{_FORWARD}attention minigpt2::attention aten::_scaled_dot_product",
     "loss, beside its products": f"{_FORWARD}linear minigpt2::linear aten::_softmax aten::softmax aten::amax "
     "aten::gather aten::scatter aten::log aten::where aten::masked_fill",

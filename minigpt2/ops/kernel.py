@@ -22,6 +22,7 @@ __all__ = [
     "FEW",
     "adamw",
     "adamw_blocks",
+    "add_transposed_",
     "attention",
     "attention_backward",
     "bfloat16_products",
@@ -34,6 +35,7 @@ __all__ = [
     "gelu",
     "in_memory",
     "serves",
+    "transposed",
     "unavailable",
 ]
 
@@ -53,6 +55,7 @@ _SOURCES = (
     "loss.cpp",
     "products.cpp",
     "tasks.cpp",
+    "transposes.cpp",
 )
 
 
@@ -187,6 +190,36 @@ def few_rows_as_they_are(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
     _call("few_rows", x.dtype, M, K, N, x.data_ptr(), x.stride(0), *addresses)
     return out
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The transpose of x (n, m), bfloat16: (m, n), in rows of their own. They are padded, by zeros up to a multiple of
+    32 elements, and so that they do not lie a multiple of 4 KiB apart, where a cache has few places for them."""
+    x = _bfloat16_matrix(x)
+    rows_, columns = x.shape
+    padded = -(-rows_ // 32) * 32
+    out = x.new_empty((columns, padded + 32))
+    _functions()["transposed"](rows_, padded, columns, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0))
+    return out[:, :rows_]
+
+
+def add_transposed_(to: Tensor, x: Tensor, *, first: bool = False) -> Tensor:
+    """to += the transpose of x, or to = it where it is the `first`; to (m, n), float32, its rows contiguous, x (n, m),
+    bfloat16."""
+    x = _bfloat16_matrix(x)
+    if to.shape != x.shape[::-1] or to.dtype != torch.float32 or not to.is_cpu or not in_memory(to):
+        raise ValueError(f"to must be float32 {tuple(x.shape[::-1])} on the CPU, not {to.dtype} {tuple(to.shape)}")
+    if to.numel() and (to.stride(1) != 1 or to.stride(0) < to.size(1)):
+        raise ValueError(f"to must have rows of their own in memory, not strides {to.stride()}")
+    sizes = (*x.shape, x.data_ptr(), x.stride(0), to.data_ptr(), to.stride(0))
+    _functions()["add_transposed"](*sizes, not first)
+    return to
+
+
+def _bfloat16_matrix(x: Tensor) -> Tensor:
+    if x.dim() != 2 or x.dtype != torch.bfloat16:
+        raise ValueError(f"x must be a bfloat16 matrix, not {x.dtype} {tuple(x.shape)}")
+    return rows(_checked(x)[0])
 
 
 def adamw_blocks(columns: int) -> int:
@@ -362,6 +395,7 @@ def _functions() -> dict[str, Any]:
     arguments = {
         # bytes of a moment, rows, columns, ..., the numbers of the step, seed and first row
         "adamw": [ctypes.c_int, integer, integer, *[pointer] * 7, ctypes.c_uint32, integer],
+        "add_transposed": [integer, integer, pointer, integer, pointer, integer, ctypes.c_int],
         "attention": [*shape, *strided, number, pointer, pointer, *dropout],
         "attention_backward": [*shape, *strided, number, *strided, *[pointer] * 3, *dropout],
         "bfloat16_products": [],
@@ -370,6 +404,7 @@ def _functions() -> dict[str, Any]:
         "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],
         "gelu": [ctypes.c_int, integer, *[pointer] * 3],
         "few_rows": [ctypes.c_int, *[integer] * 3, pointer, integer, *[pointer] * 3],  # dtype, M, K, N, ...
+        "transposed": [*[integer] * 3, pointer, integer, pointer, integer],
     }
     found = {name: getattr(library, f"minigpt2_{name}") for name in arguments}
     for name, function in found.items():

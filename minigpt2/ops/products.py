@@ -1,11 +1,16 @@
 """The model's matrix products: which library makes them.
 
 torch.addmm and torch.mm serve everything; bfloat16 they hand to oneDNN themselves, which takes the best instructions
-that the processor has (AMX, AVX512_BF16, or float32's). Two cases on a CPU have something faster:
+that the processor has (AMX, AVX512_BF16, or float32's). Three cases on a CPU have something faster:
 
 - *float32 on AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the
   vector units lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the
   time (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
+- *bfloat16 where the processor multiplies it.* torch.addmm first fills the product with the bias, which oneDNN then
+  reads again; oneDNN adds a bias itself, and that takes 0.80 to 0.95 of the time. And on AMX the gradient of a weight,
+  x^T @ grad, takes 1.3 to 1.5 times as long as any other product of that size, because oneDNN gathers its tiles from
+  columns; it does not if the narrower of the two is transposed before, which takes a fifth of what is gained (a Xeon
+  with AMX; without its tiles, by pairs of AVX512_BF16, the order did not matter).
 - *Few rows* of float32 or bfloat16, as in generation, where the time goes into reading the weights. The compiled kernel
   (csrc/products.cpp) reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate`
   says how near).
@@ -38,8 +43,11 @@ __all__ = [
     "weight_gradient",
 ]
 
+TURNED_LEAST = 1 << 20  # elements of the gradient of a weight that is not wider than high; below, oneDNN loses by it
 ONEDNN_LEAST = 1 << 24  # multiplications in a product; below, what a call costs outweighs what it gains
-BLOCK = 4096  # rows of a sum of products that are added at a time: 12 MiB of them stay in the cache
+BLOCK = (
+    4064  # rows of a sum of products that are added at a time: 12 MiB of them stay in the cache, and not 4 KiB apart
+)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -48,15 +56,15 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return kernel.few_rows_as_they_are(x, weight, bias)
     if not x.dim() == weight.dim() == 2:
         return torch.addmm(bias, x, weight)
-    if torch.is_grad_enabled() and _autocast_serves(x, weight, bias):
-        # Autocast would keep the weight's cast for the backward pass, beside the weight.
+    if _autocast_serves(x, weight, bias):
         x = x.to(torch.get_autocast_dtype("cpu"))
-        cast: Tensor = _Filled.apply(_Kept.apply(x, weight, bias), lambda: torch.addmm(bias, x, weight))
-        return cast
-    if not _plain(x, weight, bias):
+    elif not _plain(x, weight, bias):
         return torch.addmm(bias, x, weight)
 
     def product() -> Tensor:
+        if bfloat16_serves(x):
+            # Autocast would keep the weight's cast for the backward pass, beside the weight.
+            return onednn_linear(x, weight.to(x.dtype).t(), bias.to(x.dtype).contiguous())
         if onednn_serves(x.size(0) * weight.numel(), x, weight, bias):
             return onednn_linear(x, weight.t(), bias.contiguous())  # it takes the elements of another for granted
         return torch.addmm(bias, x, weight)
@@ -86,6 +94,12 @@ def add_transposed_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> 
 
     A `to` of higher precision takes the sum as it is; each product is rounded to the dtype of a and b.
     """
+    if tiles_serve(a, b) and to.dtype == torch.float32:
+        turned = kernel.transposed(b)
+        for start in range(0, to.size(0), BLOCK):
+            block = slice(start, start + BLOCK)
+            kernel.add_transposed_(to[block], torch.mm(turned, a[:, block]), first=first)
+        return
     onednn = onednn_serves(to.numel() * a.size(0), to, a, b)
     if not onednn and to.dtype == a.dtype:
         to.addmm_(a.t(), b, beta=float(not first))  # beta = 0: the memory is yet unwritten
@@ -97,8 +111,15 @@ def add_transposed_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> 
 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """x^T @ grad, for x (n, in) and grad (n, out): (in, out), the gradient of a weight. Without a gradient."""
-    if not onednn_serves(x.numel() * grad.size(1), x, grad):
+    """x^T @ grad, for x (n, in) and grad (n, out): (in, out), the gradient of a weight; of bfloat16 rounded to that,
+    and float32 or bfloat16. Without a gradient."""
+    (k, n), m = x.shape, grad.size(1)
+    if (n < m or n * m >= TURNED_LEAST) and tiles_serve(x, grad):
+        if n <= m:
+            return torch.mm(kernel.transposed(x), grad)
+        turned = torch.mm(kernel.transposed(grad), x)
+        return kernel.add_transposed_(x.new_empty(n, m, dtype=torch.float32), turned, first=True)
+    if not onednn_serves(k * n * m, x, grad):
         return torch.mm(x.t(), grad)
     return onednn_weight_gradient(x, grad)
 
@@ -108,7 +129,41 @@ def explain_products() -> str:
     return "oneDNN's (AMD's Zen 5)" if onednn_serves(ONEDNN_LEAST) else "torch.mm's"
 
 
-# oneDNN.
+# oneDNN, and bfloat16.
+
+
+def bfloat16_serves(*operands: Tensor) -> bool:
+    """Whether these are bfloat16 tensors on the CPU as they seem, of a size for oneDNN, which multiplies them as such
+    here."""
+    return (
+        _as_they_seem(*operands)
+        and all(t.dtype == torch.bfloat16 for t in operands)
+        and not transformed()
+        and bool(torch.backends.mkldnn.enabled)
+        and _onednn_multiplies_bfloat16()
+    )
+
+
+@functools.cache
+def _onednn_multiplies_bfloat16() -> bool:
+    if bfloat16_unit() is None or not has_onednn():
+        return False
+    one = torch.ones(16, 16, dtype=torch.bfloat16, device="cpu")
+    try:
+        onednn_linear(one, one, None)
+    except RuntimeError:  # as ONEDNN_MAX_CPU_ISA=AVX2 makes it; PyTorch's own products then take others
+        return False
+    return True
+
+
+def tiles_serve(a: Tensor, b: Tensor) -> bool:
+    """Whether a^T @ b, for a (k, n) and b (k, m), is made faster of a transpose: of bfloat16, on AMX."""
+    return (
+        bfloat16_serves(a, b)
+        and bfloat16_unit() == "amx_bf16"
+        and a.numel() * b.size(1) >= ONEDNN_LEAST
+        and kernel.unavailable() is None
+    )
 
 
 @functools.cache

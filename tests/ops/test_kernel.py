@@ -170,6 +170,18 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: kernel.few_rows(X, randn(32, 64), randn(63)), "bias must be (64,), got (63,)"),
     (lambda: kernel.few_rows(X, randn(32, 64), randn(64).double()), "the tensors must have one dtype"),
     (lambda: kernel.few_rows(X, meta(32, 64), randn(64)), "tensors on the CPU, not torch.float32 ones on meta"),
+    (lambda: kernel.transposed(X), "x must be a bfloat16 matrix, not torch.float32 (4, 32)"),
+    (lambda: kernel.transposed(X[0].bfloat16()), "x must be a bfloat16 matrix, not torch.bfloat16 (32,)"),
+    (lambda: kernel.transposed(meta(4, 32).bfloat16()), "tensors on the CPU, not torch.bfloat16 ones on meta"),
+    (
+        lambda: kernel.add_transposed_(X, X.bfloat16()),
+        "to must be float32 (32, 4) on the CPU, not torch.float32 (4, 32)",
+    ),
+    (
+        lambda: kernel.add_transposed_(X.t(), X.bfloat16()),
+        "to must have rows of their own in memory, not strides (1, 32)",
+    ),
+    (lambda: kernel.add_transposed_(X.t().double(), X.bfloat16()), "to must be float32 (32, 4) on the CPU"),
     (lambda: cross_entropy_(X[0], LABELS), "logits (n, V) and labels (n,) do not fit"),
     (lambda: cross_entropy_(X, LABELS[:1]), "logits (n, V) and labels (n,) do not fit"),
     (lambda: cross_entropy_(X[:, :0], LABELS), "logits (n, V) and labels (n,) do not fit"),
@@ -210,6 +222,34 @@ def test_few_rows_of_bfloat16_are_as_exact_as_the_plain_product(rows: int) -> No
         ):
             assert ours.dtype == torch.bfloat16
             assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+# One, less than a square of any processor's, squares alone, and squares with an edge on each side.
+@pytest.mark.parametrize("rows", [0, 1, 7, 64, 100])
+@pytest.mark.parametrize("columns", [0, 1, 9, 96, 131])
+def test_transposes(rows: int, columns: int) -> None:
+    x = randn(rows, columns + 3).bfloat16()[:, :columns]
+    found = kernel.transposed(x)
+    assert torch.equal(found, x.t())
+    if found.numel():
+        up_to_32 = found.as_strided((columns, -(-rows // 32) * 32), found.stride())
+        assert not up_to_32[:, rows:].any()
+    around = randn(columns + 1, rows + 2)
+    expected = around.clone()
+    expected[:columns, :rows] += x.t()
+    kernel.add_transposed_(around[:columns, :rows], x)
+    assert torch.equal(around, expected)
+    expected[:columns, :rows] = x.t()
+    around[:columns, :rows] = float("nan")
+    kernel.add_transposed_(around[:columns, :rows], x, first=True)
+    assert torch.equal(around, expected)
+
+
+def test_transposes_keep_what_is_not_finite() -> None:
+    x = randn(40, 40).bfloat16()
+    x[3, 5], x[20, 7], x[39, 39] = float("nan"), float("inf"), -float("inf")
+    assert torch.equal(kernel.transposed(x).nan_to_num(9.0), x.t().nan_to_num(9.0))
+    assert torch.equal(kernel.add_transposed_(torch.zeros(40, 40), x).isfinite(), x.t().isfinite())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -262,11 +262,11 @@ def test_the_rest_is_served_all_the_same(onednn: None) -> None:
     with CountOperations() as mode:
         for dtype in (torch.float64, torch.float16):
             assert project(x.to(dtype), weight.to(dtype), bias.to(dtype)).dtype == dtype
-        with torch.autocast("cpu", torch.bfloat16):
-            assert project(x, weight, bias).dtype == torch.bfloat16
         assert project(x.to("meta"), weight.to("meta"), bias.to("meta")).is_meta
         torch.testing.assert_close(torch.func.vmap(lambda row: project(row[None], weight, bias)[0])(x), expected)
     assert not mode.counts["_linear_pointwise"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert project(x, weight, bias).dtype == torch.bfloat16
     torch.testing.assert_close(torch.compile(project, fullgraph=True)(x, weight, bias), expected)
     assert project(x[:0], weight, bias).shape == (0, 8)
     torch.testing.assert_close(project(x.t().contiguous().t(), weight, bias), expected)  # rows that lie apart
@@ -343,6 +343,67 @@ def test_operands_of_any_layout_for_onednn(onednn: None) -> None:
                 assert error(project(x, weight, bias), exact) <= 2 * error(plain, exact) + 1e-7
         assert error(multiply(x, weight), x.double() @ weight.double()) <= 1e-6
         assert error(weight_gradient(x.t(), weight), x.double() @ weight.double()) <= 1e-6
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16 are made as on AMX, of any size, on a processor of any kind."""
+    monkeypatch.setattr(products, "_onednn_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "bfloat16_unit", lambda: "amx_bf16")
+    monkeypatch.setattr(products, "ONEDNN_LEAST", 0)
+    monkeypatch.setattr(products, "TURNED_LEAST", 0)
+
+
+@pytest.mark.parametrize(("n", "n_in", "n_out"), SHAPES)
+def test_the_gradient_of_a_weight_by_a_transpose(tiles: None, n: int, n_in: int, n_out: int) -> None:
+    x, grad = randn(n, n_in).bfloat16(), randn(n, n_out, seed=1).bfloat16()
+    assert products.tiles_serve(x, grad)
+    found, plain = weight_gradient(x, grad), torch.mm(x.t(), grad)
+    exact = x.double().t() @ grad.double()
+    assert found.is_contiguous()
+    assert error(found, exact) <= 2 * error(plain, exact) + 1e-7
+    assert error(found.bfloat16(), exact) == error(found, exact)  # rounded as the plain product, whatever its dtype
+
+
+def test_the_gradient_of_a_weight_by_a_transpose_of_any_layout(tiles: None) -> None:
+    for made in (lambda *s: randn(*s, 2).bfloat16()[..., 1], lambda *s: torch._neg_view(randn(*s).bfloat16())):
+        for n_in, n_out in ((48, 80), (80, 48)):
+            x, grad = made(33, n_in), made(33, n_out)
+            exact = x.double().t() @ grad.double()
+            assert error(weight_gradient(x, grad), exact) <= 2 * error(x.t() @ grad, exact)
+    torch.use_deterministic_algorithms(True)  # with which PyTorch fills new memory with NaN
+    try:
+        assert weight_gradient(randn(33, 48).bfloat16(), randn(33, 80).bfloat16()).isfinite().all()
+        assert weight_gradient(randn(33, 80).bfloat16(), randn(33, 48).bfloat16()).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("n", [5, products.BLOCK - 1, products.BLOCK, 2 * products.BLOCK + 3])
+def test_sums_of_products_by_a_transpose(tiles: None, n: int) -> None:
+    a, b, to = randn(13, n).bfloat16(), randn(13, 24, seed=1).bfloat16(), torch.full((n, 24), float("nan"))
+    add_transposed_product(to, a, b, first=True)  # whatever the memory held
+    plain, exact = a.t() @ b, a.double().t() @ b.double()
+    assert error(to, exact) <= 2 * error(plain, exact) + 1e-7
+    add_transposed_product(to, a, b, first=False)
+    assert error(to, 2 * exact) <= 2 * error(plain, exact) + 1e-7
+
+
+@pytest.mark.parametrize(("n", "n_in", "n_out"), [(0, 16, 8), *SHAPES])
+def test_autocast_in_bfloat16(n: int, n_in: int, n_out: int) -> None:
+    """With the error of PyTorch's own products, and the same bits with gradients as without."""
+    x, weight, bias = randn(n, n_in), randn(n_in, n_out, seed=1).requires_grad_(), randn(n_out, seed=2)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found, plain = project(x, weight, bias), torch.addmm(bias, x, weight)
+        with torch.no_grad():
+            assert torch.equal(project(x, weight, bias), found)
+    rounded = [t.detach().bfloat16().double() for t in (bias, x, weight)]
+    exact = torch.addmm(*rounded)
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() <= 2 * (plain - exact).norm() + 1e-7 * exact.norm()
+    strided = torch.stack([bias, -bias], 1)[:, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(project(x, weight, strided), found)
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
