@@ -28,6 +28,7 @@ __all__ = [
     "bfloat16_products",
     "cross_entropy_",
     "decode",
+    "decode_packed",
     "direct",
     "dropout_add",
     "few_rows",
@@ -146,6 +147,31 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
     cached = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
     query = (checked_scale(scale, D), q.data_ptr(), *q.stride()[:2])
     _call("decode", q.dtype, B, T, H, D, *query, *cached, out.data_ptr())
+    return out
+
+
+def decode_packed(qkv: Tensor, n_head: int, k: Tensor, v: Tensor, past: int, scale: float | None = None) -> Tensor:
+    """`decode` of a packed projection (B, 1, 3C) -> (B, 1, C), after its keys and values are written behind the first
+    `past` of the caches k and v (B, H, room, D), which lie contiguous."""
+    B, T, H, D = packed_sizes(qkv, n_head)
+    if T != 1 or k.shape != v.shape or k.dim() != 4 or (k.size(0), k.size(1), k.size(3)) != (B, H, D):
+        found = ", ".join(str(tuple(t.shape)) for t in (qkv, k, v))
+        raise ValueError(f"qkv must be (B, 1, 3C), k and v (B, H, room, D); got {found}")
+    if not 0 <= past < k.size(2):
+        raise ValueError(f"a cache of {k.size(2)} tokens has no room for one more after {past}")
+    # They are written in place, so that there are no copies to take instead.
+    qkv, *caches = _checked(qkv, k, v)
+    if caches[0] is not k or caches[1] is not v or not (k.is_contiguous() and v.is_contiguous()):
+        raise ValueError("k and v must lie contiguous in memory")
+    return decode_packed_as_they_are(qkv.contiguous(), n_head, k, v, past, checked_scale(scale, D))
+
+
+def decode_packed_as_they_are(qkv: Tensor, n_head: int, k: Tensor, v: Tensor, past: int, scale: float) -> Tensor:
+    """`decode_packed` of tensors that are known to be what it takes, and plain."""
+    B, _, room, D = k.shape
+    out = qkv.new_empty((B, 1, n_head * D))
+    addresses = (qkv.data_ptr(), k.data_ptr(), v.data_ptr(), room, out.data_ptr())
+    _call("decode_packed", qkv.dtype, B, past + 1, n_head, D, scale, *addresses)
     return out
 
 
@@ -401,6 +427,7 @@ def _functions() -> dict[str, Any]:
         "bfloat16_products": [],
         "cross_entropy": [ctypes.c_int, *[integer] * 2, pointer, integer, pointer, pointer, ctypes.c_int],
         "decode": [*shape, number, *strided, *cached, *cached, pointer],
+        "decode_packed": [*shape, number, *[pointer] * 3, integer, pointer],
         "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],
         "gelu": [ctypes.c_int, integer, *[pointer] * 3],
         "few_rows": [ctypes.c_int, *[integer] * 3, pointer, integer, *[pointer] * 3],  # dtype, M, K, N, ...

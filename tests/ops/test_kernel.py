@@ -161,6 +161,15 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: decode(Q[0, 0], K[0, 0], K[0, 0]), "q must be (B, H, 1, D)"),
     (lambda: decode(Q, K.double(), K.double()), "the tensors must have one dtype"),
     (lambda: decode(Q, meta(1, 2, 5, 16), K), "q, k and v must be on one device"),
+    (lambda: kernel.decode_packed(QKV, 2, K, K, 0), "qkv must be (B, 1, 3C), k and v (B, H, room, D)"),
+    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K[:, :, :4], 0), "qkv must be (B, 1, 3C), k and v (B, H, room, D)"),
+    (lambda: kernel.decode_packed(QKV[:, :1], 1, K, K, 0), "qkv must be (B, 1, 3C), k and v (B, H, room, D)"),
+    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K, 5), "a cache of 5 tokens has no room for one more after 5"),
+    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K, -1), "a cache of 5 tokens has no room for one more after -1"),
+    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K.double(), 0), "the tensors must have one dtype"),
+    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, meta(1, 2, 5, 16), 0), "the kernel takes float32"),
+    (lambda: kernel.decode_packed(QKV[:, :1], 2, K.mT.contiguous().mT, K, 0), "k and v must lie contiguous in memory"),
+    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K, 0, -1.0), "the scale of attention must be positive and finite"),
     (lambda: kernel.few_rows(X, randn(31, 64), randn(64)), "are no product of few rows"),
     (lambda: kernel.few_rows(randn(9, 32), randn(32, 64), randn(64)), "are no product of few rows"),
     (lambda: kernel.few_rows(X[0], randn(32, 64), randn(64)), "are no product of few rows"),
@@ -222,6 +231,24 @@ def test_few_rows_of_bfloat16_are_as_exact_as_the_plain_product(rows: int) -> No
         ):
             assert ours.dtype == torch.bfloat16
             assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("B", "H", "D", "room", "past"), [(1, 1, 16, 1, 0), (2, 3, 64, 9, 8), (3, 2, 256, 80, 70)])
+def test_decode_packed_is_decode_after_storing(
+    dtype: torch.dtype, B: int, H: int, D: int, room: int, past: int
+) -> None:
+    qkv, k, v = randn(B, 1, 3 * H * D).to(dtype), randn(B, H, room, D).to(dtype), randn(B, H, room, D + 1).to(dtype)
+    v = v[..., 1:].contiguous()
+    q, new_k, new_v = (t.view(B, 1, H, D).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+    wanted_k, wanted_v = k.clone(), v.clone()
+    wanted_k[:, :, past : past + 1], wanted_v[:, :, past : past + 1] = new_k, new_v
+    with torch.no_grad():
+        expected = decode(q, wanted_k[:, :, : past + 1], wanted_v[:, :, : past + 1], scale=0.3)
+    found = kernel.decode_packed(qkv, H, k, v, past, 0.3)
+    assert torch.equal(found, expected.transpose(1, 2).reshape(B, 1, H * D))
+    assert torch.equal(k, wanted_k)
+    assert torch.equal(v, wanted_v)
 
 
 # One, less than a square of any processor's, squares alone, and squares with an edge on each side.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "interface.h"
@@ -78,6 +79,14 @@ void decode_head(const S* q, const S* k, int64_t k_stride, const S* v, int64_t v
   for (int d = 0; d < D; d += n) store_as<A>(out + d, load(O + d) * inverse);
 }
 
+// Calls f(batch, head) for all of them.
+template <class F> void for_each_head(int64_t B, int64_t T, int64_t H, int64_t D, const F& f) {
+  if (B * H * T * D < 1 << 16)  // a few microseconds: waking the other threads would take as long
+    for (int64_t h = 0; h < B * H; h++) f(h / H, h % H);
+  else
+    for_each_task(B * H, [&](int64_t h) { f(h / H, h % H); });
+}
+
 }  // namespace
 
 // q (B, H, D), k and v (B, H, T, D), out (B, H, D) contiguous; D is a multiple of 16, up to MAX_D.
@@ -85,16 +94,27 @@ EXPORT int minigpt2_decode(int dtype, int64_t B, int64_t T, int64_t H, int64_t D
                            int64_t q_batch, int64_t q_head, const void* k, int64_t k_batch, int64_t k_head,
                            int64_t k_row, const void* v, int64_t v_batch, int64_t v_head, int64_t v_row, void* out) {
   return dispatch(dtype, [&]<class S, class A>() {
-    auto head = [&](int64_t h) {
-      const int64_t b = h / H, i = h % H;
+    for_each_head(B, T, H, D, [&](int64_t b, int64_t i) {
       decode_head<S, A>(static_cast<const S*>(q) + b * q_batch + i * q_head,
                         static_cast<const S*>(k) + b * k_batch + i * k_head, k_row,
-                        static_cast<const S*>(v) + b * v_batch + i * v_head, v_row, static_cast<S*>(out) + h * D, T,
-                        int(D), A(scale));
-    };
-    if (B * H * T * D < 1 << 16)  // a few microseconds: waking the other threads would take as long
-      for (int64_t h = 0; h < B * H; h++) head(h);
-    else
-      for_each_task(B * H, head);
+                        static_cast<const S*>(v) + b * v_batch + i * v_head, v_row,
+                        static_cast<S*>(out) + (b * H + i) * D, T, int(D), A(scale));
+    });
+  });
+}
+
+// The same for qkv (B, 3, H, D) contiguous, whose keys and values become the T-th of the caches k and v (B, H, room, D),
+// contiguous too.
+EXPORT int minigpt2_decode_packed(int dtype, int64_t B, int64_t T, int64_t H, int64_t D, double scale, const void* qkv,
+                                  void* k, void* v, int64_t room, void* out) {
+  return dispatch(dtype, [&]<class S, class A>() {
+    for_each_head(B, T, H, D, [&](int64_t b, int64_t i) {
+      const S* q = static_cast<const S*>(qkv) + (3 * b * H + i) * D;
+      S* keys = static_cast<S*>(k) + (b * H + i) * room * D;
+      S* values = static_cast<S*>(v) + (b * H + i) * room * D;
+      std::memcpy(keys + (T - 1) * D, q + H * D, D * sizeof(S));
+      std::memcpy(values + (T - 1) * D, q + 2 * H * D, D * sizeof(S));
+      decode_head<S, A>(q, keys, D, values, D, static_cast<S*>(out) + (b * H + i) * D, T, int(D), A(scale));
+    });
   });
 }
