@@ -6,11 +6,11 @@ that the processor has (AMX, AVX512_BF16, or float32's). Three cases on a CPU ha
 - *float32 on AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the
   vector units lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the
   time (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
-- *bfloat16 where the processor multiplies it.* torch.addmm first fills the product with the bias, which oneDNN then
-  reads again; oneDNN adds a bias itself, and that takes 0.80 to 0.95 of the time. And on AMX the gradient of a weight,
-  x^T @ grad, takes 1.3 to 1.5 times as long as any other product of that size, because oneDNN gathers its tiles from
-  columns; it does not if the narrower of the two is transposed before, which takes a fifth of what is gained (a Xeon
-  with AMX; without its tiles, by pairs of AVX512_BF16, the order did not matter).
+- *bfloat16 where the processor multiplies it.* torch.addmm first fills the product with the bias, for oneDNN to read
+  again; oneDNN adds a bias itself. And on AMX it takes longer for the gradient of a weight, x^T @ grad, than for any
+  other product of that size, since it gathers its tiles from columns; not if the narrower of the two is transposed
+  before (a Xeon; without its tiles, by AVX512_BF16, that made no difference). `minigpt2 bench step --precision bf16`
+  says how much of a step the products by torch.mm would take.
 - *Few rows* of float32 or bfloat16, as in generation, where the time goes into reading the weights. The compiled kernel
   (csrc/products.cpp) reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate`
   says how near).
@@ -45,9 +45,7 @@ __all__ = [
 
 TURNED_LEAST = 1 << 20  # elements of the gradient of a weight that is not wider than high; below, oneDNN loses by it
 ONEDNN_LEAST = 1 << 24  # multiplications in a product; below, what a call costs outweighs what it gains
-BLOCK = (
-    4064  # rows of a sum of products that are added at a time: 12 MiB of them stay in the cache, and not 4 KiB apart
-)
+BLOCK = 4064  # rows of a sum of products that are added at a time: 12 MiB stay in the cache, and rows not 4 KiB apart
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -111,8 +109,8 @@ def add_transposed_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> 
 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """x^T @ grad, for x (n, in) and grad (n, out): (in, out), the gradient of a weight; of bfloat16 rounded to that,
-    and float32 or bfloat16. Without a gradient."""
+    """x^T @ grad, for x (n, in) and grad (n, out): (in, out), the gradient of a weight. Without a gradient. That of
+    bfloat16 operands is rounded to bfloat16, and may be float32."""
     (k, n), m = x.shape, grad.size(1)
     if (n < m or n * m >= TURNED_LEAST) and tiles_serve(x, grad):
         if n <= m:
@@ -133,8 +131,7 @@ def explain_products() -> str:
 
 
 def bfloat16_serves(*operands: Tensor) -> bool:
-    """Whether these are bfloat16 tensors on the CPU as they seem, of a size for oneDNN, which multiplies them as such
-    here."""
+    """Whether these are bfloat16 tensors on the CPU as they seem, which oneDNN multiplies as such here."""
     return (
         _as_they_seem(*operands)
         and all(t.dtype == torch.bfloat16 for t in operands)
