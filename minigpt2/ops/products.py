@@ -21,6 +21,7 @@ The choice depends on the processor and on sizes alone: it is the same in every 
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -143,14 +144,10 @@ def bfloat16_serves(*operands: Tensor) -> bool:
 
 @functools.cache
 def _onednn_multiplies_bfloat16() -> bool:
-    if bfloat16_unit() is None or not has_onednn():
-        return False
-    one = torch.ones(16, 16, dtype=torch.bfloat16, device="cpu")
-    try:
-        onednn_linear(one, one, None)
-    except RuntimeError:  # as ONEDNN_MAX_CPU_ISA=AVX2 makes it; PyTorch's own products then take others
-        return False
-    return True
+    """Without trying, which recomputation would take for an operation of the model's."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    limited = limit not in ("", "ALL", "DEFAULT") and not limit.startswith(("AVX512", "AVX10"))
+    return bfloat16_unit() is not None and has_onednn() and not limited
 
 
 def tiles_serve(a: Tensor, b: Tensor) -> bool:

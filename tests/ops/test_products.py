@@ -406,6 +406,21 @@ def test_autocast_in_bfloat16(n: int, n_in: int, n_out: int) -> None:
         assert torch.equal(project(x, weight, strided), found)
 
 
+def test_to_ask_who_serves_is_no_operation() -> None:
+    """Recomputation looks at a block's operations, and they must be the same the second time."""
+    x, weight, bias = randn(96, 64), randn(64, 128).requires_grad_(), randn(128)
+    counts = []
+    for _ in range(2):
+        for cached in (products._onednn_multiplies_bfloat16, products._onednn_is_faster):
+            cached.cache_clear()
+        with CountOperations() as mode, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            for _ in range(1 + len(counts)):
+                project(x, weight, bias)
+        counts.append(mode.counts)
+    first, second = counts
+    assert {name: 2 * count for name, count in first.items()} == second
+
+
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
 def test_products_in_bfloat16_agree_whatever_the_processor_has(isa: str) -> None:
     """A processor without bfloat16, one that has AVX-512 alone, and this one: the same step to rounding."""
