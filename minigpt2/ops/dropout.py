@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2.ops import kernel
+from minigpt2.ops.checks import check_alike, check_seed
 from minigpt2.ops.seed import draw_seed
 from minigpt2.torch_private import transformed
 
@@ -50,8 +51,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None
 
 
 def _fake(x: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
-    kernel.check_alike(x, residual, "residual")
-    kernel.check_seed(seed, p, x.device)
+    check_alike(x, residual, "residual")
+    check_seed(seed, p, x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

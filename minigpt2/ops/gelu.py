@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2.ops import kernel
+from minigpt2.ops.checks import check_alike
 from minigpt2.torch_private import transformed
 
 __all__ = ["gelu"]
@@ -36,7 +37,7 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor, grad: Tensor | None = None) -> Tensor:
-    kernel.check_alike(x, grad, "the gradient")
+    check_alike(x, grad, "the gradient")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

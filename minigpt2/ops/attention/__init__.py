@@ -20,7 +20,8 @@ from minigpt2.ops import kernel
 from minigpt2.ops.attention.eager import causal_mask, eager_attention, merge_heads, split_heads
 from minigpt2.ops.attention.fused import decode, fused_attention, unavailable
 from minigpt2.ops.build import explain_compiler
-from minigpt2.ops.kernel import bfloat16_products, checked_scale
+from minigpt2.ops.checks import checked_scale
+from minigpt2.ops.kernel import bfloat16_products
 from minigpt2.torch_private import constant_to_compiler, transformed
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minigpt2.ops import kernel
 from minigpt2.ops.attention.steps import kept
-from minigpt2.ops.kernel import MAX_HEAD_DIM, check_backward, check_decode, check_seed, lse_dtype, packed_sizes
+from minigpt2.ops.checks import MAX_HEAD_DIM, check_backward, check_decode, check_seed, lse_dtype, packed_sizes
 from minigpt2.ops.seed import draw_seed
 from minigpt2.torch_private import constant_to_compiler, transformed
 

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from minigpt2.ops.attention.gpu_kernels import delta_kernel, forward_kernel, key_kernel, query_kernel
-from minigpt2.ops.kernel import checked_scale
+from minigpt2.ops.checks import checked_scale
 
 
 class Tiles(NamedTuple):

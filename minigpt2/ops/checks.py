@@ -1,0 +1,84 @@
+"""What the operations of the kernels may be called with, on any device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MAX_HEAD_DIM",
+    "check_alike",
+    "check_backward",
+    "check_decode",
+    "check_seed",
+    "checked_scale",
+    "lse_dtype",
+    "packed_sizes",
+]
+
+MAX_HEAD_DIM = 256
+
+
+def packed_sizes(qkv: Tensor, n_head: int) -> tuple[int, int, int, int]:
+    """B, T, H, D of a packed projection; ValueError for one that is none."""
+    if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
+        raise ValueError(f"qkv must be (B, T, 3C) with C a multiple of n_head = {n_head}, not {tuple(qkv.shape)}")
+    B, T, width = qkv.shape
+    _check_head_dim(width // 3 // n_head)
+    return B, T, n_head, width // 3 // n_head
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, 1 / sqrt(D) for None; ValueError for one that is not positive and finite."""
+    scale = 1 / math.sqrt(head_dim or 1) if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"the scale of attention must be positive and finite, got {scale}")
+    return scale
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the log-sum-exp of attention: that of the arithmetic."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_decode(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q is one query for each head of k and v, on their device."""
+    fits = q.dim() == k.dim() == v.dim() == 4 and q.shape == (*k.shape[:2], 1, k.shape[3]) and k.shape == v.shape
+    if not fits or k.shape[2] < 1:
+        raise ValueError(
+            f"q must be (B, H, 1, D), k and v (B, H, T, D); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, not {q.device}, {k.device}, {v.device}")
+    _check_head_dim(q.shape[3])
+
+
+def check_alike(x: Tensor, other: Tensor | None, name: str) -> None:
+    """Raise ValueError unless `other`, if there is one, has the shape, dtype and device of x."""
+    if other is not None and (other.shape, other.dtype, other.device) != (x.shape, x.dtype, x.device):
+        theirs, ours = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (other, x))
+        raise ValueError(f"{name} must be like x, {ours}, not {theirs}")
+
+
+def check_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> None:
+    """Raise ValueError unless the gradient, the output and the log-sum-exp belong to qkv."""
+    B, T, H, D = packed_sizes(qkv, n_head)
+    if grad_out.shape != (B, T, H * D) or out.shape != grad_out.shape or lse.shape != (B, H, T):
+        raise ValueError("the gradient, the output and the log-sum-exp must belong to qkv")
+    if not qkv.dtype == grad_out.dtype == out.dtype or lse.dtype != lse_dtype(qkv.dtype):
+        raise ValueError("the gradient and the output must have the dtype of qkv")
+    if not qkv.device == grad_out.device == out.device == lse.device:
+        raise ValueError("the gradient, the output and the log-sum-exp must be on the device of qkv")
+
+
+def check_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> None:
+    """Raise ValueError where dropout has no seed: one int64, on `device`."""
+    if dropout_p and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
+        raise ValueError("dropout needs a seed: one int64, on the device of what it drops")
+
+
+def _check_head_dim(D: int) -> None:
+    if D % 16 or not 16 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"the head size must be a multiple of 16 up to {MAX_HEAD_DIM}, not {D}")
