@@ -543,8 +543,8 @@ def test_a_model_of_one_position_and_one_token():
 @torch.no_grad()
 def test_one_more_token_in_one_call_is_what_the_operations_give_one_by_one(monkeypatch, dtype, T):
     past, token = (torch.randn(2, n, 96, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (T, 1))
-    found, calls, decode_packed = [], [], kernel.decode_packed_as_they_are
-    monkeypatch.setattr(kernel, "decode_packed_as_they_are", lambda *args: calls.append(args) or decode_packed(*args))
+    found, calls, decode_packed = [], [], kernel.decode_packed
+    monkeypatch.setattr(kernel, "decode_packed", lambda *args: calls.append(args) or decode_packed(*args))
     for served in (True, False):
         if not served:
             monkeypatch.setattr("minigpt2.ops.attention._continues", lambda *args: False)
@@ -562,7 +562,7 @@ def test_one_more_token_in_one_call_is_what_the_operations_give_one_by_one(monke
 
 @pytest.mark.skipif(kernel.unavailable() is not None, reason="there is no compiled kernel here")
 def test_one_more_token_with_gradients_or_a_mask_or_dropout_is_left_to_the_operations(monkeypatch):
-    monkeypatch.setattr(kernel, "decode_packed_as_they_are", None)
+    monkeypatch.setattr(kernel, "decode_packed", None)
     past, token, mask = torch.randn(1, 4, 96), torch.randn(1, 1, 96), torch.ones(1, 1, 1, 5, dtype=torch.bool)
     with torch.no_grad():
         for settings in ({"mask": mask}, {"dropout_p": 0.5}, {"backend": "sdpa"}, {"backend": "eager"}):
@@ -574,3 +574,18 @@ def test_one_more_token_with_gradients_or_a_mask_or_dropout_is_left_to_the_opera
     token.requires_grad_()
     attention(token, 2, cache=cache).sum().backward()
     assert token.grad is not None
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cut_or_expanded_is_served_by_the_operations_or_refused(tiny_model, prompt):
+    expected = tiny_model(prompt[:1])
+    cut, expanded, one = (KVCache(tiny_model, rows) for rows in (1, 3, 1))
+    for cache in (cut, one):
+        tiny_model(prompt[:1, :-1], cache=cache)
+    for layer in cut.layers:
+        layer.k, layer.v = layer.k[:, :, :12], layer.v[:, :, :12]
+    torch.testing.assert_close(tiny_model(prompt[:1, -1:], cache=cut), expected[:, -1:])
+    for layer, source in zip(expanded.layers, one.layers, strict=True):
+        layer.k, layer.v, layer.length = source.k.expand(3, -1, -1, -1), source.v.expand(3, -1, -1, -1), source.length
+    with pytest.raises(RuntimeError, match="single memory location"):  # PyTorch's own
+        tiny_model(prompt[:1, -1:].repeat(3, 1), cache=expanded)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minigpt2.ops import build
 from minigpt2.ops.checks import (
+    MAX_HEAD_DIM,
     check_alike,
     check_backward,
     check_decode,
@@ -44,6 +45,7 @@ __all__ = [
     "gelu",
     "in_memory",
     "serves",
+    "serves_packed",
     "transposed",
     "unavailable",
 ]
@@ -157,28 +159,32 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
     return out
 
 
+def serves_packed(qkv: Tensor, n_head: int, k: Tensor, v: Tensor, past: int) -> bool:
+    """Whether these are what `decode_packed` takes."""
+    B, _, width = qkv.shape
+    head_dim = width // (3 * n_head)
+    return (
+        direct(qkv, k, v)
+        and qkv.dtype is k.dtype is v.dtype
+        and qkv.dtype in DTYPES
+        and k.shape == v.shape == (B, n_head, k.size(-2), head_dim)
+        and qkv.shape == (B, 1, 3 * n_head * head_dim)
+        and head_dim % 16 == 0 < head_dim <= MAX_HEAD_DIM
+        and 0 <= past < k.size(2)
+        and qkv.is_contiguous()
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and unavailable() is None
+    )
+
+
 def decode_packed(qkv: Tensor, n_head: int, k: Tensor, v: Tensor, past: int, scale: float | None = None) -> Tensor:
     """`decode` of a packed projection (B, 1, 3C) -> (B, 1, C), after its keys and values are written behind the first
-    `past` of the caches k and v (B, H, room, D), which lie contiguous."""
-    B, T, H, D = packed_sizes(qkv, n_head)
-    if T != 1 or k.shape != v.shape or k.dim() != 4 or (k.size(0), k.size(1), k.size(3)) != (B, H, D):
-        found = ", ".join(str(tuple(t.shape)) for t in (qkv, k, v))
-        raise ValueError(f"qkv must be (B, 1, 3C), k and v (B, H, room, D); got {found}")
-    if not 0 <= past < k.size(2):
-        raise ValueError(f"a cache of {k.size(2)} tokens has no room for one more after {past}")
-    # They are written in place, so that there are no copies to take instead.
-    qkv, *caches = _checked(qkv, k, v)
-    if caches[0] is not k or caches[1] is not v or not (k.is_contiguous() and v.is_contiguous()):
-        raise ValueError("k and v must lie contiguous in memory")
-    return decode_packed_as_they_are(qkv.contiguous(), n_head, k, v, past, checked_scale(scale, D))
-
-
-def decode_packed_as_they_are(qkv: Tensor, n_head: int, k: Tensor, v: Tensor, past: int, scale: float) -> Tensor:
-    """`decode_packed` of tensors that are known to be what it takes, and plain."""
+    `past` of the caches k and v (B, H, room, D). The caller has asked `serves_packed`."""
     B, _, room, D = k.shape
     out = qkv.new_empty((B, 1, n_head * D))
     addresses = (qkv.data_ptr(), k.data_ptr(), v.data_ptr(), room, out.data_ptr())
-    _call("decode_packed", qkv.dtype, B, past + 1, n_head, D, scale, *addresses)
+    _call("decode_packed", qkv.dtype, B, past + 1, n_head, D, checked_scale(scale, D), *addresses)
     return out
 
 
@@ -231,8 +237,12 @@ def transposed(x: Tensor) -> Tensor:
     x = _bfloat16_matrix(x)
     rows_, columns = x.shape
     padded = -(-rows_ // 32) * 32
-    out = x.new_empty((columns, padded + 32))
-    _functions()["transposed"](rows_, padded, columns, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0))
+    width = padded + 32
+    width += 32 * (width % 2048 == 0)
+    out = x.new_empty((columns, width))
+    places = (x.data_ptr(), x.stride(0), out.data_ptr(), width)
+    if _functions()["transposed"](rows_, padded, columns, *places):
+        raise MemoryError("transposed could not allocate its tasks")
     return out[:, :rows_]
 
 
@@ -245,7 +255,8 @@ def add_transposed_(to: Tensor, x: Tensor, *, first: bool = False) -> Tensor:
     if to.numel() and (to.stride(1) != 1 or to.stride(0) < to.size(1)):
         raise ValueError(f"to must have rows of their own in memory, not strides {to.stride()}")
     sizes = (*x.shape, x.data_ptr(), x.stride(0), to.data_ptr(), to.stride(0))
-    _functions()["add_transposed"](*sizes, not first)
+    if _functions()["add_transposed"](*sizes, not first):
+        raise MemoryError("add_transposed_ could not allocate its tasks")
     return to
 
 

@@ -55,7 +55,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return kernel.few_rows_as_they_are(x, weight, bias)
     if not x.dim() == weight.dim() == 2:
         return torch.addmm(bias, x, weight)
-    if _autocast_serves(x, weight, bias):
+    if not (x.size(1) == weight.size(0) > 0 and bias.shape == weight.shape[1:]):
+        return torch.addmm(bias, x, weight)  # or its error
+    keeps_casts = torch.is_autocast_cache_enabled() and not torch.is_grad_enabled()
+    if not keeps_casts and _autocast_serves(x, weight, bias):
         x = x.to(torch.get_autocast_dtype("cpu"))
     elif not _plain(x, weight, bias):
         return torch.addmm(bias, x, weight)
@@ -145,7 +148,7 @@ def bfloat16_serves(*operands: Tensor) -> bool:
 @functools.cache
 def _onednn_multiplies_bfloat16() -> bool:
     """Without trying, which recomputation would take for an operation of the model's."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
     limited = limit not in ("", "ALL", "DEFAULT") and not limit.startswith(("AVX512", "AVX10"))
     return bfloat16_unit() is not None and has_onednn() and not limited
 
@@ -154,6 +157,8 @@ def tiles_serve(a: Tensor, b: Tensor) -> bool:
     """Whether a^T @ b, for a (k, n) and b (k, m), is made faster of a transpose: of bfloat16, on AMX."""
     return (
         bfloat16_serves(a, b)
+        and kernel.direct(a, b)
+        and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16)
         and bfloat16_unit() == "amx_bf16"
         and a.numel() * b.size(1) >= ONEDNN_LEAST
         and kernel.unavailable() is None

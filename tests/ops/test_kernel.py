@@ -161,15 +161,6 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: decode(Q[0, 0], K[0, 0], K[0, 0]), "q must be (B, H, 1, D)"),
     (lambda: decode(Q, K.double(), K.double()), "the tensors must have one dtype"),
     (lambda: decode(Q, meta(1, 2, 5, 16), K), "q, k and v must be on one device"),
-    (lambda: kernel.decode_packed(QKV, 2, K, K, 0), "qkv must be (B, 1, 3C), k and v (B, H, room, D)"),
-    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K[:, :, :4], 0), "qkv must be (B, 1, 3C), k and v (B, H, room, D)"),
-    (lambda: kernel.decode_packed(QKV[:, :1], 1, K, K, 0), "qkv must be (B, 1, 3C), k and v (B, H, room, D)"),
-    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K, 5), "a cache of 5 tokens has no room for one more after 5"),
-    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K, -1), "a cache of 5 tokens has no room for one more after -1"),
-    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K.double(), 0), "the tensors must have one dtype"),
-    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, meta(1, 2, 5, 16), 0), "the kernel takes float32"),
-    (lambda: kernel.decode_packed(QKV[:, :1], 2, K.mT.contiguous().mT, K, 0), "k and v must lie contiguous in memory"),
-    (lambda: kernel.decode_packed(QKV[:, :1], 2, K, K, 0, -1.0), "the scale of attention must be positive and finite"),
     (lambda: kernel.few_rows(X, randn(31, 64), randn(64)), "are no product of few rows"),
     (lambda: kernel.few_rows(randn(9, 32), randn(32, 64), randn(64)), "are no product of few rows"),
     (lambda: kernel.few_rows(X[0], randn(32, 64), randn(64)), "are no product of few rows"),
@@ -245,10 +236,39 @@ def test_decode_packed_is_decode_after_storing(
     wanted_k[:, :, past : past + 1], wanted_v[:, :, past : past + 1] = new_k, new_v
     with torch.no_grad():
         expected = decode(q, wanted_k[:, :, : past + 1], wanted_v[:, :, : past + 1], scale=0.3)
-    found = kernel.decode_packed(qkv, H, k, v, past, 0.3)
+    with torch.no_grad():
+        assert kernel.serves_packed(qkv, H, k, v, past)
+        found = kernel.decode_packed(qkv, H, k, v, past, 0.3)
     assert torch.equal(found, expected.transpose(1, 2).reshape(B, 1, H * D))
     assert torch.equal(k, wanted_k)
     assert torch.equal(v, wanted_v)
+
+
+# Each would be read or written where it is not.
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (QKV, 2, K, K, 0),
+        (QKV[:, :1], 2, K, K, 5),
+        (QKV[:, :1], 2, K, K, -1),
+        (QKV[:, :1], 1, K, K, 0),
+        (QKV[:, :1], 2, K, K[:, :, :4].contiguous(), 4),
+        (QKV[:, :1], 2, K[:, :, :4], K[:, :, :4], 3),
+        (QKV[:, :1], 2, K, K.double(), 0),
+        (QKV[:, :1].double(), 2, K, K, 0),
+        (QKV[:, :1], 2, K, meta(1, 2, 5, 16), 0),
+        (QKV[:, :1], 2, K.mT.contiguous().mT, K, 0),
+        (QKV[:, :1].expand(3, 1, 96), 2, *[K.expand(3, 2, 5, 16)] * 2, 0),
+        (QKV[:, :1].repeat(3, 1, 1), 2, *[K.expand(3, 2, 5, 16)] * 2, 0),
+        (QKV[:, :1], 2, K, torch._neg_view(K), 0),
+        (QKV[:, :1].half(), 2, K.half(), K.half(), 0),
+        (randn(1, 1, 72), 1, randn(1, 1, 5, 24), randn(1, 1, 5, 24), 0),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_caches_that_decode_packed_must_not_write(arguments: tuple[Any, ...]) -> None:
+    assert not kernel.serves_packed(*arguments)
 
 
 # One, less than a square of any processor's, squares alone, and squares with an edge on each side.

@@ -406,6 +406,47 @@ def test_autocast_in_bfloat16(n: int, n_in: int, n_out: int) -> None:
         assert torch.equal(project(x, weight, strided), found)
 
 
+def test_who_makes_the_products_of_autocast() -> None:
+    """oneDNN's operation, where nothing keeps autocast's casts; whoever kept them has each weight cast once."""
+    x, weight, bias = randn(96, 64), randn(64, 128).requires_grad_(), randn(128)
+    served = products._onednn_multiplies_bfloat16()
+    for gradients, keeps, own in ((True, True, True), (True, False, True), (False, False, True), (False, True, False)):
+        autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps)
+        with CountOperations() as mode, autocast, torch.set_grad_enabled(gradients):
+            project(x, weight, bias)
+        assert mode.counts["_linear_pointwise"] == (own and served)
+        assert mode.counts["addmm"] == (not (own and served))
+
+
+def test_operands_that_onednn_does_not_take_as_pytorch_does(onednn: None) -> None:
+    x, weight = randn(64, 40), randn(40, 48, seed=1)
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            for shape in ((), (1,), (1, 48), (64, 48)):
+                bias = randn(1, *shape, seed=2)[0]
+                torch.testing.assert_close(project(x, weight, bias), torch.addmm(bias, x, weight))
+            assert project(x[:, :0], weight[:0], randn(48)).equal(torch.addmm(randn(48), x[:, :0], weight[:0]))
+            for wrong in ((x, weight[:39], randn(48)), (x, weight, randn(47))):
+                with pytest.raises(RuntimeError, match=r"shape|size"):
+                    project(*wrong)
+
+
+def test_a_trace_and_a_backward_pass_under_another_autocast_take_the_plain_products(tiles: None) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, weight, bias = randn(33, 96), randn(96, 32, seed=1).requires_grad_(), randn(32, seed=2)
+
+    def gradient(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = project(x, weight, bias)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.bfloat16):
+            return torch.autograd.grad(y.float().square().sum(), weight)[0]
+
+    expected = gradient(x)
+    torch.testing.assert_close(make_fx(lambda x: gradient(x))(x)(x), expected, rtol=2**-7, atol=0.1)
+    torch.testing.assert_close(gradient(x, torch.float16), expected, rtol=2**-7, atol=0.1)
+
+
 def test_to_ask_who_serves_is_no_operation() -> None:
     """Recomputation looks at a block's operations, and they must be the same the second time."""
     x, weight, bias = randn(96, 64), randn(64, 128).requires_grad_(), randn(128)
@@ -421,8 +462,9 @@ def test_to_ask_who_serves_is_no_operation() -> None:
     assert {name: 2 * count for name, count in first.items()} == second
 
 
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
-def test_products_in_bfloat16_agree_whatever_the_processor_has(isa: str) -> None:
+def test_products_in_bfloat16_agree_whatever_the_processor_has(isa: str, name: str) -> None:
     """A processor without bfloat16, one that has AVX-512 alone, and this one: the same step to rounding."""
     code = """if True:
         import torch
@@ -437,7 +479,7 @@ def test_products_in_bfloat16_agree_whatever_the_processor_has(isa: str) -> None
         exact_grad = x.double().t() @ (2 * exact)
         print(float((w.grad - exact_grad).norm() / exact_grad.norm()))
     """
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    environment = os.environ | {name: isa}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     errors = [float(line) for line in done.stdout.split()]
     assert len(errors) == 2
