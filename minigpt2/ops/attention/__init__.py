@@ -124,8 +124,8 @@ def attention(
 
 
 def _continues(qkv: Tensor, n_head: int, cache: LayerCache, dropout_p: float, backend: str) -> bool:
-    """Whether this is one more token in generation, which the compiled kernel stores and serves in one call: of the 0.3
-    ms that the operations below take one after the other, the work is a fifth."""
+    """Whether this is one more token in generation, which the compiled kernel stores and serves in one call: the
+    operations below, one after the other, take much longer than the work in them."""
     plain = qkv.size(1) == 1 and not dropout_p and backend in ("auto", "fused") and not torch.is_grad_enabled()
     return plain and kernel.serves_packed(qkv, n_head, cache.k, cache.v, cache.length)
 
