@@ -131,7 +131,7 @@ class Sampling:
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One token id of each row, (B,), given logits (B, V)."""
         if self.temperature == 0:
-            return logits.float().argmax(-1)  # twice as fast as bfloat16's
+            return logits.max(-1).indices  # the first of those that are alike, as argmax, and sooner
         return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -266,7 +266,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     The modes are set, and not by `eval()`, which some modules of others take as the sign to change their weights.
     """
-    training = [module for module in model.modules() if module.training]
+    modules = [model]
+    for module in modules:  # as model.modules(), which takes four times as long, and a token asks for it
+        modules += [part for part in module._modules.values() if part is not None]
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

@@ -7,7 +7,7 @@ Parameters have the names, shapes and layout of the official checkpoint, so weig
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from minigpt2.inputs import check_input
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.ops.activations import activation
 from minigpt2.ops.attention import attention, check_backend, positions_and_mask
+from minigpt2.ops.blocks import decode_blocks
 from minigpt2.ops.dropout import dropout_add
 from minigpt2.ops.embedding import embed, embedding
 from minigpt2.ops.products import project, project_transposed
@@ -72,9 +73,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
         p = self.attn_pdrop if self.training else 0.0
-        settings: dict[str, Any] = {"dropout_p": p, "scale": self.scale, "backend": self.backend}
-        y = attention(qkv, self.n_head, mask=mask, cache=cache, **settings)  # (B, T, C)
-        return self.c_proj(y)
+        y = attention(qkv, self.n_head, mask=mask, cache=cache, dropout_p=p, scale=self.scale, backend=self.backend)
+        return self.c_proj(y)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -107,6 +107,8 @@ class BlockStack(RecomputedStack):
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         if cache is None:
             return self.run(x, mask)
+        if (y := decode_blocks(self, x, mask, cache)) is not None:  # generation: one more token
+            return y
         for block, layer in zip(self, cache.layers, strict=True):  # once each: what runs adds to the cache
             x = block(x, mask, layer)
         return x
@@ -115,8 +117,7 @@ class BlockStack(RecomputedStack):
 class GPT2(Pretrained):
     """The language model. `model(input_ids)` gives logits; `model.loss(input_ids, targets)` the training loss.
 
-    `checkpoint_every` and `recompute` trade time for memory (recompute.py); `attention` names the backend
-    (minigpt2.ops.attention).
+    `checkpoint_every` and `recompute` trade time for memory (recompute.py); `attention` names one of its backends.
     """
 
     def __init__(

@@ -105,7 +105,10 @@ def traced() -> bool:
 def untouched(*tensors: Tensor) -> bool:
     """Whether these are plain tensors, and nothing but running the operation is asked for: then it may be called
     without PyTorch's dispatcher."""
-    return not traced() and not transformed() and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+    return not traced() and not transformed() and {*map(type, tensors)} <= _PLAIN
+
+
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def backward_keeps_graph() -> bool:
@@ -114,11 +117,21 @@ def backward_keeps_graph() -> bool:
     return keeps is None or bool(keeps())
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether something is called with this module when it is called, or instead of its own forward."""
+def hooked(*modules: nn.Module) -> bool:
+    """Whether something is called with one of these modules when it is called, or instead of its own forward."""
     of_all = found(GLOBAL_HOOKS)
-    mine = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return of_all is None or of_all() or any(mine) or "forward" in vars(module)
+    return (
+        of_all is None
+        or of_all()
+        or any(
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in vars(m)
+            for m in modules
+        )
+    )
 
 
 def alias(tensor: Tensor) -> Tensor:

@@ -11,9 +11,7 @@ import torch
 from torch.func import functional_call
 
 from minigpt2 import GPT2, GPT2Config, KVCache
-from minigpt2.generate import LayerCache, Sampling, next_token_probabilities, stream
-from minigpt2.ops import kernel
-from minigpt2.ops.attention import attention
+from minigpt2.generate import Sampling, next_token_probabilities, stream
 
 BACKENDS = ("eager", "sdpa", "auto")
 
@@ -535,45 +533,6 @@ def test_a_model_of_one_position_and_one_token():
     model = GPT2(GPT2Config(vocab_size=1, n_positions=1, n_embd=2, n_layer=1, n_head=1))
     with pytest.warns(UserWarning, match="after 0 of 3"):
         assert model.generate(torch.zeros(1, 1, dtype=torch.long), 3).tolist() == [[0]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("T", [1, 2, 40])
-@pytest.mark.skipif(kernel.unavailable() is not None, reason="there is no compiled kernel here")
-@torch.no_grad()
-def test_one_more_token_in_one_call_is_what_the_operations_give_one_by_one(monkeypatch, dtype, T):
-    past, token = (torch.randn(2, n, 96, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (T, 1))
-    found, calls, decode_packed = [], [], kernel.decode_packed
-    monkeypatch.setattr(kernel, "decode_packed", lambda *args: calls.append(args) or decode_packed(*args))
-    for served in (True, False):
-        if not served:
-            monkeypatch.setattr("minigpt2.ops.attention._continues", lambda *args: False)
-        cache = LayerCache((2, 2, T + 1, 16), past)
-        attention(past, 2, cache=cache)
-        found.append((attention(token, 2, cache=cache, scale=0.4), cache.k, cache.v))
-        assert cache.length == T + 1
-    assert len(calls) == 1
-    (y, *stored), (expected, *stored_before) = found
-    exact = attention(torch.cat([past, token], 1).double(), 2, scale=0.4, backend="eager")[:, -1:]
-    assert (y - exact).norm() <= 2 * (expected - exact).norm() + torch.finfo(dtype).eps * exact.norm()
-    for a, b in zip(stored, stored_before, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.skipif(kernel.unavailable() is not None, reason="there is no compiled kernel here")
-def test_one_more_token_with_gradients_or_a_mask_or_dropout_is_left_to_the_operations(monkeypatch):
-    monkeypatch.setattr(kernel, "decode_packed", None)
-    past, token, mask = torch.randn(1, 4, 96), torch.randn(1, 1, 96), torch.ones(1, 1, 1, 5, dtype=torch.bool)
-    with torch.no_grad():
-        for settings in ({"mask": mask}, {"dropout_p": 0.5}, {"backend": "sdpa"}, {"backend": "eager"}):
-            cache = LayerCache((1, 2, 5, 16), past)
-            attention(past, 2, cache=cache)
-            assert attention(token, 2, cache=cache, **settings).shape == (1, 1, 32)
-    cache = LayerCache((1, 2, 5, 16), past)
-    attention(past, 2, cache=cache)
-    token.requires_grad_()
-    attention(token, 2, cache=cache).sum().backward()
-    assert token.grad is not None
 
 
 @torch.no_grad()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "MAX_HEAD_DIM",
+    "blocks_fit",
     "check_alike",
     "check_backward",
     "check_decode",
@@ -53,6 +56,31 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, not {q.device}, {k.device}, {v.device}")
     _check_head_dim(q.shape[3])
+
+
+def blocks_fit(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> bool:
+    """Whether x (B, 1, C) and, of each block, its parameters in the order of Block.parameters() and its caches of keys
+    and values (B, H, room, D) belong together, lie in memory as they seem and have room for a token after `past`."""
+    if x.dim() != 3 or not tensors or len(tensors) % 14 or tensors[13].dim() != 4:
+        return False
+    (B, T, C), inner, (_, _, room, head_dim) = x.shape, tensors[9].numel(), tensors[13].shape
+    vector, cached, dtype = (C,), (B, n_head, room, head_dim), x.dtype
+    attn = (vector, vector, (C, 3 * C), (3 * C,), (C, C), vector)
+    mlp = (vector, vector, (C, inner), (inner,), (inner, C), vector)
+    shapes = (*attn, *mlp, cached, cached)
+    return (
+        T == 1
+        and dtype in (torch.float32, torch.bfloat16)
+        and n_head * head_dim == C
+        and head_dim % 16 == 0 < head_dim <= MAX_HEAD_DIM
+        and C % 32 == inner % 32 == 0 < inner
+        and 0 <= past < room
+        and x.is_contiguous()
+        and all(
+            t.dtype is dtype and t.is_contiguous() and t.shape == shape
+            for t, shape in zip(tensors, itertools.cycle(shapes), strict=False)
+        )
+    )
 
 
 def check_alike(x: Tensor, other: Tensor | None, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from minigpt2.ops import build
 from minigpt2.ops.checks import (
-    MAX_HEAD_DIM,
+    blocks_fit,
     check_alike,
     check_backward,
     check_decode,
@@ -37,7 +38,7 @@ __all__ = [
     "bfloat16_products",
     "cross_entropy_",
     "decode",
-    "decode_packed",
+    "decode_blocks",
     "direct",
     "dropout_add",
     "few_rows",
@@ -45,7 +46,7 @@ __all__ = [
     "gelu",
     "in_memory",
     "serves",
-    "serves_packed",
+    "serves_blocks",
     "transposed",
     "unavailable",
 ]
@@ -59,6 +60,7 @@ ADAMW_BLOCK = 64
 _SOURCES = (
     "adamw.cpp",
     "attention.cpp",
+    "blocks.cpp",
     "decode.cpp",
     "dropout.cpp",
     "gelu.cpp",
@@ -159,32 +161,31 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
     return out
 
 
-def serves_packed(qkv: Tensor, n_head: int, k: Tensor, v: Tensor, past: int) -> bool:
-    """Whether these are what `decode_packed` takes."""
-    B, _, width = qkv.shape
-    head_dim = width // (3 * n_head)
+def serves_blocks(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> bool:
+    """Whether these are what `decode_blocks` takes."""
     return (
-        direct(qkv, k, v)
-        and qkv.dtype is k.dtype is v.dtype
-        and qkv.dtype in DTYPES
-        and k.shape == v.shape == (B, n_head, k.size(-2), head_dim)
-        and qkv.shape == (B, 1, 3 * n_head * head_dim)
-        and head_dim % 16 == 0 < head_dim <= MAX_HEAD_DIM
-        and 0 <= past < k.size(2)
-        and qkv.is_contiguous()
-        and k.is_contiguous()
-        and v.is_contiguous()
+        direct(x, *tensors)
+        and blocks_fit(x, tensors, n_head, past)
+        and 0 < x.size(0) <= FEW
+        and not torch.is_autocast_enabled("cpu")
         and unavailable() is None
     )
 
 
-def decode_packed(qkv: Tensor, n_head: int, k: Tensor, v: Tensor, past: int, scale: float | None = None) -> Tensor:
-    """`decode` of a packed projection (B, 1, 3C) -> (B, 1, C), after its keys and values are written behind the first
-    `past` of the caches k and v (B, H, room, D). The caller has asked `serves_packed`."""
-    B, _, room, D = k.shape
-    out = qkv.new_empty((B, 1, n_head * D))
-    addresses = (qkv.data_ptr(), k.data_ptr(), v.data_ptr(), room, out.data_ptr())
-    _call("decode_packed", qkv.dtype, B, past + 1, n_head, D, checked_scale(scale, D), *addresses)
+def decode_blocks(
+    x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int, numbers: Sequence[tuple[float, float, float]]
+) -> Tensor:
+    """One more token through blocks: x (B, 1, C) -> (B, 1, C). `tensors` are, block after block, its parameters in the
+    order of Block.parameters() and its caches of keys and values (B, H, room, D), into which those of the token are
+    written behind the first `past`; `numbers` the scale of its scores and the eps of its two LayerNorms. The caller has
+    asked `serves_blocks`."""
+    B, _, room, D = tensors[-1].shape
+    out = torch.empty_like(x)
+    sizes = (B, past + 1, n_head, D, tensors[9].size(0), room, len(numbers))
+    places = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+    constants = [number for scale, *eps in numbers for number in (checked_scale(scale, D), *eps)]
+    places_and_numbers = places, (ctypes.c_double * len(constants))(*constants)
+    _call("decode_blocks", x.dtype, *sizes, *places_and_numbers, x.data_ptr(), out.data_ptr())
     return out
 
 
@@ -382,7 +383,7 @@ def _functions() -> dict[str, Any]:
         "bfloat16_products": [],
         "cross_entropy": [ctypes.c_int, *[integer] * 2, pointer, integer, pointer, pointer, ctypes.c_int],
         "decode": [*shape, number, *strided, *cached, *cached, pointer],
-        "decode_packed": [*shape, number, *[pointer] * 3, integer, pointer],
+        "decode_blocks": [*shape, *[integer] * 3, *[pointer] * 4],
         "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],
         "gelu": [ctypes.c_int, integer, *[pointer] * 3],
         "few_rows": [ctypes.c_int, *[integer] * 3, pointer, integer, *[pointer] * 3],  # dtype, M, K, N, ...

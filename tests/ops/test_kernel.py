@@ -224,53 +224,6 @@ def test_few_rows_of_bfloat16_are_as_exact_as_the_plain_product(rows: int) -> No
             assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("B", "H", "D", "room", "past"), [(1, 1, 16, 1, 0), (2, 3, 64, 9, 8), (3, 2, 256, 80, 70)])
-def test_decode_packed_is_decode_after_storing(
-    dtype: torch.dtype, B: int, H: int, D: int, room: int, past: int
-) -> None:
-    qkv, k, v = randn(B, 1, 3 * H * D).to(dtype), randn(B, H, room, D).to(dtype), randn(B, H, room, D + 1).to(dtype)
-    v = v[..., 1:].contiguous()
-    q, new_k, new_v = (t.view(B, 1, H, D).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
-    wanted_k, wanted_v = k.clone(), v.clone()
-    wanted_k[:, :, past : past + 1], wanted_v[:, :, past : past + 1] = new_k, new_v
-    with torch.no_grad():
-        expected = decode(q, wanted_k[:, :, : past + 1], wanted_v[:, :, : past + 1], scale=0.3)
-    with torch.no_grad():
-        assert kernel.serves_packed(qkv, H, k, v, past)
-        found = kernel.decode_packed(qkv, H, k, v, past, 0.3)
-    assert torch.equal(found, expected.transpose(1, 2).reshape(B, 1, H * D))
-    assert torch.equal(k, wanted_k)
-    assert torch.equal(v, wanted_v)
-
-
-# Each would be read or written where it is not.
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (QKV, 2, K, K, 0),
-        (QKV[:, :1], 2, K, K, 5),
-        (QKV[:, :1], 2, K, K, -1),
-        (QKV[:, :1], 1, K, K, 0),
-        (QKV[:, :1], 2, K, K[:, :, :4].contiguous(), 4),
-        (QKV[:, :1], 2, K[:, :, :4], K[:, :, :4], 3),
-        (QKV[:, :1], 2, K, K.double(), 0),
-        (QKV[:, :1].double(), 2, K, K, 0),
-        (QKV[:, :1], 2, K, meta(1, 2, 5, 16), 0),
-        (QKV[:, :1], 2, K.mT.contiguous().mT, K, 0),
-        (QKV[:, :1].expand(3, 1, 96), 2, *[K.expand(3, 2, 5, 16)] * 2, 0),
-        (QKV[:, :1].repeat(3, 1, 1), 2, *[K.expand(3, 2, 5, 16)] * 2, 0),
-        (QKV[:, :1], 2, K, torch._neg_view(K), 0),
-        (QKV[:, :1].half(), 2, K.half(), K.half(), 0),
-        (randn(1, 1, 72), 1, randn(1, 1, 5, 24), randn(1, 1, 5, 24), 0),
-    ],
-    ids=str,
-)
-@torch.no_grad()
-def test_caches_that_decode_packed_must_not_write(arguments: tuple[Any, ...]) -> None:
-    assert not kernel.serves_packed(*arguments)
-
-
 # One, less than a square of any processor's, squares alone, and squares with an edge on each side.
 @pytest.mark.parametrize("rows", [0, 1, 7, 64, 100])
 @pytest.mark.parametrize("columns", [0, 1, 9, 96, 131])

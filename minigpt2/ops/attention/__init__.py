@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt2.device import readable
-from minigpt2.ops import kernel
 from minigpt2.ops.attention.eager import causal_mask, eager_attention, merge_heads, split_heads
 from minigpt2.ops.attention.fused import decode, fused_attention, unavailable
 from minigpt2.ops.build import explain_compiler
@@ -105,10 +104,6 @@ def attention(
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     past = 0 if cache is None else cache.length
-    if cache is not None and past > 0 and mask is None and _continues(qkv, n_head, cache, dropout_p, backend):
-        y = kernel.decode_packed(qkv, n_head, cache.k, cache.v, past, scale)
-        cache.length += 1
-        return y
     q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
     keys, values = (k, v) if cache is None else cache.append(k, v)  # (B, H, past + T, D)
     if past or mask is not None:
@@ -121,13 +116,6 @@ def attention(
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale)
     return merge_heads(y)
-
-
-def _continues(qkv: Tensor, n_head: int, cache: LayerCache, dropout_p: float, backend: str) -> bool:
-    """Whether this is one more token in generation, which the compiled kernel stores and serves in one call: the
-    operations below, one after the other, take much longer than the work in them."""
-    plain = qkv.size(1) == 1 and not dropout_p and backend in ("auto", "fused") and not torch.is_grad_enabled()
-    return plain and kernel.serves_packed(qkv, n_head, cache.k, cache.v, cache.length)
 
 
 def _resolved(backend: str, q: Tensor) -> str:

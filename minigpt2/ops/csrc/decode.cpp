@@ -105,8 +105,8 @@ EXPORT int minigpt2_decode(int dtype, int64_t B, int64_t T, int64_t H, int64_t D
 
 // The same for qkv (B, 3, H, D) contiguous, whose keys and values become the T-th of the caches k and v (B, H, room, D),
 // contiguous too.
-EXPORT int minigpt2_decode_packed(int dtype, int64_t B, int64_t T, int64_t H, int64_t D, double scale, const void* qkv,
-                                  void* k, void* v, int64_t room, void* out) {
+int minigpt2::decode_packed(int dtype, int64_t B, int64_t T, int64_t H, int64_t D, double scale, const void* qkv,
+                            void* k, void* v, int64_t room, void* out) {
   return dispatch(dtype, [&]<class S, class A>() {
     for_each_head(B, T, H, D, [&](int64_t b, int64_t i) {
       const S* q = static_cast<const S*>(qkv) + (3 * b * H + i) * D;

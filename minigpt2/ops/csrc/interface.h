@@ -29,4 +29,11 @@ template <class F> Status dispatch(int dtype, const F& f) {
   return NO_SUCH_DTYPE;
 }
 
+// What block.cpp calls as well.
+EXPORT int minigpt2_few_rows(int dtype, int64_t M, int64_t K, int64_t N, const void* x, int64_t x_stride,
+                             const void* weights, const void* bias, void* out);
+EXPORT int minigpt2_gelu(int dtype, int64_t count, const void* x, const void* grad, void* out);
+int decode_packed(int dtype, int64_t B, int64_t T, int64_t H, int64_t D, double scale, const void* qkv, void* k,
+                  void* v, int64_t room, void* out);
+
 }  // namespace minigpt2
