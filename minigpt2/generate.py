@@ -266,10 +266,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     The modes are set, and not by `eval()`, which some modules of others take as the sign to change their weights.
     """
-    modules = [model]
-    for module in modules:  # as model.modules(), which takes four times as long, and a token asks for it
-        modules += [part for part in module._modules.values() if part is not None]
-    training = [module for module in modules if module.training]
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:

@@ -2,7 +2,7 @@
 
 In generation the weights are read once a token, which is what must take time. The ten operations of a block are called
 in far less than that, but each of them after the last has filled the caches with weights: together they cost half as
-much again (a model with a hook on one of its blocks does it so; the table is in bench/README.md).
+much again, as they do where a block has a hook.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["decode_blocks"]
 
+_NAMES = [["ln_1", "attn", "ln_2", "mlp"], ["c_attn", "c_proj"], ["c_fc", "c_proj"]]
+
 
 def decode_blocks(stack: BlockStack, x: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor | None:
     """All blocks of the stack for one more token, x (B, 1, C): (B, 1, C). None, and nothing is done, where x is not
@@ -38,6 +40,8 @@ def decode_blocks(stack: BlockStack, x: Tensor, mask: Tensor | None, cache: KVCa
         return None  # what follows takes the modules for those of model.py
     if any(module.training for module in modules) or hooked(*modules) or _patched():
         return None
+    if any([[*b._modules], [*b.attn._modules], [*b.mlp._modules]] != _NAMES for b in stack):
+        return None
     tensors: list[Any] = []
     numbers, others = [], []
     for (_, ln_1, attn, c_attn, attn_proj, ln_2, mlp, c_fc, mlp_proj), layer in zip(blocks, cache.layers, strict=True):
@@ -46,6 +50,8 @@ def decode_blocks(stack: BlockStack, x: Tensor, mask: Tensor | None, cache: KVCa
         tensors += layer.k, layer.v
         numbers.append((attn.scale, ln_1.eps, ln_2.eps))
         others.append((attn.n_head, attn.backend in ("auto", "fused"), mlp.act, layer.length))
+    # Views of the memory as it is now, which another thread may give back meanwhile.
+    tensors = [t if t is None else t.detach() for t in tensors]
     n_head = blocks[0][2].n_head
     if others != [(n_head, True, gelu, past)] * len(blocks) or not kernel.serves_blocks(x, tensors, n_head, past):
         return None
@@ -72,4 +78,4 @@ def _kinds() -> list[type[nn.Module]]:
 
 def _patched() -> bool:
     """Whether somebody has given one of their classes another forward."""
-    return any(kind.forward.__module__ != kind.__module__ for kind in _kinds())
+    return any(getattr(kind.forward, "__globals__", {}).get("__name__") != kind.__module__ for kind in _kinds())

@@ -111,6 +111,13 @@ class Other(Projection):
         return -super().forward(x)
 
 
+def reordered(mlp: nn.Module) -> nn.Module:
+    first = mlp.c_fc
+    del mlp.c_fc
+    mlp.c_fc = first
+    return mlp
+
+
 class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
@@ -156,6 +163,7 @@ CHANGES: dict[str, Change] = {
     "a hook of all modules": hook_of_all,
     "a forward of its own": lambda model: attribute(model, "h.1.mlp.forward", torch.neg),
     "a class with another forward": lambda model: mock.patch.object(MLP, "forward", lambda self, x: 2 * x),
+    "parts in another order": lambda model: attribute(model, "h.0.mlp", reordered(model.h[0].mlp)),
     "a module of a subclass": lambda model: attribute(
         model, "h.0.attn.c_attn", swapped(model.h[0].attn.c_attn, Other, 32, 96)
     ),

@@ -29,7 +29,7 @@ template <class F> Status dispatch(int dtype, const F& f) {
   return NO_SUCH_DTYPE;
 }
 
-// What block.cpp calls as well.
+// What blocks.cpp calls as well.
 EXPORT int minigpt2_few_rows(int dtype, int64_t M, int64_t K, int64_t N, const void* x, int64_t x_stride,
                              const void* weights, const void* bias, void* out);
 EXPORT int minigpt2_gelu(int dtype, int64_t count, const void* x, const void* grad, void* out);
