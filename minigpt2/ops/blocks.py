@@ -40,7 +40,7 @@ def decode_blocks(stack: BlockStack, x: Tensor, mask: Tensor | None, cache: KVCa
         return None  # what follows takes the modules for those of model.py
     if any(module.training for module in modules) or hooked(*modules) or _patched():
         return None
-    if any([[*b._modules], [*b.attn._modules], [*b.mlp._modules]] != _NAMES for b in stack):
+    if any([[*block[i]._modules] for i in (0, 2, 6)] != _NAMES for block in blocks):
         return None
     tensors: list[Any] = []
     numbers, others = [], []
