@@ -102,13 +102,13 @@ def traced() -> bool:
     return modes is None or modes() > 0
 
 
+_PLAIN = {Tensor, nn.Parameter}
+
+
 def untouched(*tensors: Tensor) -> bool:
     """Whether these are plain tensors, and nothing but running the operation is asked for: then it may be called
     without PyTorch's dispatcher."""
     return not traced() and not transformed() and {*map(type, tensors)} <= _PLAIN
-
-
-_PLAIN = {Tensor, nn.Parameter}
 
 
 def backward_keeps_graph() -> bool:
@@ -129,6 +129,7 @@ def hooked(*modules: nn.Module) -> bool:
             or m._backward_hooks
             or m._backward_pre_hooks
             or "forward" in vars(m)
+            or vars(m).get("_compiled_call_impl") is not None  # of its own compile()
             for m in modules
         )
     )

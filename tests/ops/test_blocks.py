@@ -193,14 +193,13 @@ def test_a_block_that_is_more_than_its_operations_runs_as_it_is(calls: list[Any]
     """A token by itself then gives what it gives in one pass with those before it, which never takes the one call."""
     model = made(attn_pdrop=0.0, resid_pdrop=0.0)
     ids = torch.randint(97, (2, 4), generator=torch.Generator().manual_seed(0))
-    before, _ = continued(model, ids, 3)
+    continued(model, ids, 3)
     assert len(calls) == 1
     with change(model) or nullcontext():
         found, _ = continued(model, ids, 3)
         exact = model(ids)
     assert len(calls) == 1
     torch.testing.assert_close(found.double(), exact.double(), rtol=2e-2, atol=2e-2)
-    assert before.shape == found.shape
 
 
 @pytest.mark.parametrize(("shape", "B"), [({}, kernel.FEW + 1), ({"n_head": 3}, 2), ({"n_inner": 48}, 2)], ids=str)

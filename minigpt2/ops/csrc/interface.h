@@ -1,4 +1,5 @@
-// What every C entry point shares. They are called by ../kernel.py and nobody else, and it checks what they are given.
+// What every C entry point shares. They are called by ../kernel.py alone, which checks what they are given, but for the
+// last ones below.
 //
 // dtype: 0 float32, 1 bfloat16, 2 float64. Strides count elements, and the last one is 1. Each returns a status.
 
