@@ -107,7 +107,7 @@ class BlockStack(RecomputedStack):
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         if cache is None:
             return self.run(x, mask)
-        if (y := decode_blocks(self, x, mask, cache)) is not None:  # generation: one more token
+        if (y := decode_blocks(self, (Block, CausalSelfAttention, MLP, Projection), x, mask, cache)) is not None:
             return y
         for block, layer in zip(self, cache.layers, strict=True):  # once each: what runs adds to the cache
             x = block(x, mask, layer)

@@ -1,7 +1,7 @@
 """One more token through the blocks, as in generation, in one call of the compiled kernel (csrc/blocks.cpp).
 
-What must take time in generation is to read the weights, once a token. Each of a block's ten operations is short to call,
-but finds the processor's caches full of weights: from Python, one by one, they cost about half as much again.
+What must take time in generation is to read the weights, once a token. Each of a block's ten operations is short, but
+when it is called the processor's caches are full of weights: one by one they cost about half as much again.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ if TYPE_CHECKING:
 __all__ = ["decode_blocks"]
 
 
-def decode_blocks(stack: BlockStack, x: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor | None:
+def decode_blocks(
+    stack: BlockStack, classes: tuple[type[nn.Module], ...], x: Tensor, mask: Tensor | None, cache: KVCache
+) -> Tensor | None:
     """All blocks of the stack for one more token, x (B, 1, C): (B, 1, C). None, and nothing is done, where x is not
     that or a block is not just its operations: under gradients, dropout or a mask, with hooks, adapters or modules of
-    others."""
+    others. `classes` are the model's own of a block, its attention, its MLP and their projections."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or mask is not None:
         return None
     if x.size(1) != 1 or x.size(0) > kernel.FEW or not kernel.serves(x):
         return None
-    named = [pair for block in stack for pair in _named_modules(block)]
-    if [(name, type(module)) for name, module in named] != _kinds() * len(cache.layers):
+    named, kinds = [pair for block in stack for pair in _named_modules(block)], _kinds(classes)
+    if [(name, type(module)) for name, module in named] != kinds * len(cache.layers):
         return None  # what follows takes the modules for those of model.py
     modules = [module for _, module in named]
-    if any(module.training for module in modules) or hooked(*modules) or _patched():
+    if any(module.training for module in modules) or hooked(*modules) or any(_patched(kind) for _, kind in kinds):
         return None
-    blocks, past = zip(*[iter(modules)] * len(_kinds()), strict=True), cache.length
+    blocks, past = zip(*[iter(modules)] * len(kinds), strict=True), cache.length
     tensors: list[Any] = []
     numbers, others = [], []
     for (_, ln_1, attn, c_attn, attn_proj, ln_2, mlp, c_fc, mlp_proj), layer in zip(blocks, cache.layers, strict=True):
@@ -67,15 +69,14 @@ def _named_modules(block: nn.Module) -> list[tuple[str, Any]]:
 
 
 @functools.cache
-def _kinds() -> list[tuple[str, type[nn.Module]]]:
-    """The names and classes of a block as model.py makes it."""
-    from minigpt2.model import MLP, Block, CausalSelfAttention, Projection
+def _kinds(classes: tuple[type[nn.Module], ...]) -> list[tuple[str, type[nn.Module]]]:
+    """The names and classes of a block's modules, as model.py makes it."""
+    block, attention, mlp, projection = classes
+    first = [("ln_1", nn.LayerNorm), ("attn", attention), ("c_attn", projection), ("c_proj", projection)]
+    second = [("ln_2", nn.LayerNorm), ("mlp", mlp), ("c_fc", projection), ("c_proj", projection)]
+    return [("", block), *first, *second]
 
-    attn = [("ln_1", nn.LayerNorm), ("attn", CausalSelfAttention), ("c_attn", Projection), ("c_proj", Projection)]
-    mlp = [("ln_2", nn.LayerNorm), ("mlp", MLP), ("c_fc", Projection), ("c_proj", Projection)]
-    return [("", Block), *attn, *mlp]
 
-
-def _patched() -> bool:
-    """Whether somebody has given one of their classes another forward."""
-    return any(getattr(kind.forward, "__globals__", {}).get("__name__") != kind.__module__ for _, kind in _kinds())
+def _patched(kind: type[nn.Module]) -> bool:
+    """Whether somebody has given this class another forward."""
+    return getattr(kind.forward, "__globals__", {}).get("__name__") != kind.__module__
