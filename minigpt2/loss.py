@@ -34,16 +34,19 @@ from torch import Tensor
 
 from minigpt2.device import readable
 from minigpt2.ops import kernel
-from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves
+from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves, tiles_multiply
 from minigpt2.torch_private import backward_keeps_graph, transformed
 
-__all__ = ["chunk_shape", "linear_cross_entropy"]
+__all__ = ["by_tiles", "chunk_shape", "linear_cross_entropy"]
 
 # The most memory for a chunk of logits, by bytes of an element: 320 tokens of GPT-2, 512 of bfloat16. Each chunk reads
 # the whole head twice, and reads and writes its whole gradient, so small chunks are slow: beside 512 tokens, 64 at a
 # time take 1.4 times as long, 128 take 1.15 times and 256 take 1.05 times, with half the memory (2 cores, AVX-512,
 # C = 768).
 _CHUNK_BYTES = {4: 64 * 2**20, 2: 50 * 2**20}
+# Where float32 weights are multiplied as they are, on AMX, there is no cast of the head, of 74 MiB, and 1024 tokens of
+# GPT-2 take no more memory than 512 beside it.
+_TILES_CHUNK_BYTES = 105 * 2**20
 # On AMX the loss of 342 tokens in bfloat16 took 1.2 to 1.4 times as long as that of 352 (`minigpt2 bench loss --tokens
 # 342 --bfloat16`).
 _TOKEN_MULTIPLE = 32
@@ -68,7 +71,7 @@ def linear_cross_entropy(
     on. targets: (...), ids in [0, V), int64 or int32, or ignore_index where a token does not count.
     reduction: "mean" over the tokens that count, "sum", or "none": the loss of each token, in the shape of targets.
     chunk_size: the most tokens at a time; None stands for as many as have 64 MiB of float32 logits, or 50 MiB of
-    bfloat16 ones where the compiled kernel serves.
+    bfloat16 ones where the compiled kernel serves, 105 MiB on AMX.
 
     The loss is float32, or float64 for float64 inputs. Under autocast, and for inputs of lower precision, the matrix
     products are in the lower precision; softmax, losses and the sum of the weight's gradient over chunks are float32.
@@ -107,7 +110,9 @@ def linear_cross_entropy(
         if outside.numel():
             raise ValueError(f"target {outside[0].item()} is neither in [0, {vocab}) nor ignore_index ({ignore_index})")
 
-    chunk_size = chunk_size or _most_tokens(vocab, dtype if kernel.serves(hidden) else torch.float32)
+    compiled = dtype if kernel.serves(hidden) else torch.float32
+    tiles = by_tiles(device, compiled, hidden.numel() * vocab)
+    chunk_size = chunk_size or _most_tokens(vocab, compiled, tiles)
     total = reduction != "none"
     gradients = total and torch.is_grad_enabled()
     flat = hidden.reshape(targets.numel(), hidden.shape[-1])
@@ -120,12 +125,18 @@ def linear_cross_entropy(
     return torch.where(count > 0, loss / count.clamp(min=1), float("nan"))
 
 
+def by_tiles(device: str, dtype: torch.dtype, multiplications: int) -> bool:
+    """Whether the loss multiplies by tiles, for products of this size in dtype."""
+    plain = device == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return plain and tiles_multiply(multiplications)
+
+
 def chunk_shape(
-    tokens: int, vocab: int, most: int | None = None, dtype: torch.dtype = torch.float32
+    tokens: int, vocab: int, most: int | None = None, dtype: torch.dtype = torch.float32, tiles: bool = False
 ) -> tuple[int, int]:
     """Rows and padded columns of a chunk of logits in dtype: at most `most` tokens, or as many as a chunk has bytes
-    for."""
-    most = most or _most_tokens(vocab, dtype)
+    for, more of them if it is multiplied by `tiles`."""
+    most = most or _most_tokens(vocab, dtype, tiles)
     rows, width = tokens, _round_up(vocab, _ROW_MULTIPLE)
     if tokens > most:
         # Of equal size, but for rounding, since a small last one would cost as much as a large one.
@@ -134,9 +145,9 @@ def chunk_shape(
     return rows, width
 
 
-def _most_tokens(vocab: int, dtype: torch.dtype) -> int:
+def _most_tokens(vocab: int, dtype: torch.dtype, tiles: bool) -> int:
     size = 2 if dtype == torch.bfloat16 else 4
-    return max(1, _CHUNK_BYTES[size] // (size * vocab))
+    return max(1, (_TILES_CHUNK_BYTES if tiles else _CHUNK_BYTES[size]) // (size * vocab))
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -176,7 +187,8 @@ def _linear_cross_entropy(
     counts = targets != ignore_index
     labels = torch.where(counts, targets, 0).unsqueeze(1)
     factors = torch.where(counts, 1.0 if grad_losses is None else grad_losses, 0.0).to(wide).unsqueeze(1)
-    head = weight.to(dtype)
+    tiles = by_tiles(hidden.device.type, dtype, min(chunk_size, tokens) * weight.numel())
+    head = weight if tiles else weight.to(dtype)
     chunk_size, width = chunk_shape(tokens, vocab, chunk_size)
     onednn = onednn_serves(chunk_size * head.numel(), hidden, head)  # which allocates the logits itself, unpadded
 
@@ -197,7 +209,10 @@ def _linear_cross_entropy(
             operand = multiply(inputs, head.t())
         else:
             operand = narrow[: len(label), :vocab]  # (n, V): the logits, then d
-            torch.mm(inputs, head.t(), out=operand)
+            if tiles:
+                kernel.matmul(inputs, head.t(), out=operand)
+            else:
+                torch.mm(inputs, head.t(), out=operand)
         if compiled:
             losses[chunk] = kernel.cross_entropy_(operand, label.squeeze(1), gradient=want_hidden or want_weight)
         else:
@@ -205,7 +220,8 @@ def _linear_cross_entropy(
         if not (want_hidden or want_weight):
             continue
         if want_hidden:
-            grad_hidden[chunk] = multiply(operand, head) * factor
+            product = kernel.matmul(operand, head, dtype=wide) if tiles else multiply(operand, head)
+            grad_hidden[chunk] = product.mul_(factor) if tiles else product * factor
         if want_weight:
             # To scale the inputs (n, C) rather than d (n, V) saves a pass over the chunk.
             scaled = (inputs * factor).to(dtype)

@@ -33,7 +33,7 @@ import torch
 
 from minigpt2.config import GPT2Config
 from minigpt2.device import resident_bytes
-from minigpt2.loss import chunk_shape
+from minigpt2.loss import by_tiles, chunk_shape
 from minigpt2.machine import free_bytes
 from minigpt2.ops.kernel import adamw_blocks as blocks
 from minigpt2.ops.products import BLOCK, onednn_serves
@@ -301,12 +301,16 @@ class _Sizes:
         self.other_weights = (config.n_positions * C + 2 * C) * wide
         self.own_head = 0 if config.tie_word_embeddings else self.head_weights
         self.embeddings = self.head_weights + self.own_head + config.n_positions * C * wide
-        rows, width = chunk_shape(B * T, V, dtype=torch.bfloat16 if cpu and autocast else torch.float32)
+        dtype = torch.bfloat16 if cpu and autocast else torch.float32
+        tiles = by_tiles("cpu" if cpu else "", dtype, B * T * V * C)
+        rows, width = chunk_shape(B * T, V, dtype=dtype, tiles=tiles)
         self.chunk = rows * width * wide + 2 * rows * C * wide
         if autocast:  # the head and a chunk in lower precision, a block of the head's gradient, and what is widened
             self.chunk += (V * C + rows * width + min(V, BLOCK) * C) * e + 2 * rows * C * wide
         if cpu and autocast:  # the compiled kernel has no use for a chunk in float32
             self.chunk -= rows * width * wide
+        if tiles:  # nor, with tiles, for a head in lower precision and a block of its gradient
+            self.chunk -= (V + min(V, BLOCK)) * C * e
         if plain and onednn_serves(rows * V * C):
             self.chunk += (rows + C) * min(V, BLOCK) * wide  # a block of the weight's gradient, and of the logits
         tokens = B * T

@@ -47,7 +47,7 @@ ATTENTION = (
     "aten::_scaled_dot_product_cudnn_attention",
 )
 SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")  # a sign that attention is made of several operations
-PRODUCTS = ("aten::addmm", "mkldnn::_linear_pointwise")
+PRODUCTS = ("aten::addmm", "mkldnn::_linear_pointwise", "minigpt2::matmul")
 PRODUCTS_IN_A_BLOCK = 4
 
 

@@ -213,9 +213,7 @@ def surroundings(rng: random.Random) -> Iterator[None]:
         stack.callback(torch.set_default_device, None)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(rng.choice([1, 2, 3]))
-        stack.enter_context(
-            mock.patch.multiple(products, _onednn_is_faster=lambda: onednn, ONEDNN_LEAST=1, TURNED_LEAST=1)
-        )
+        stack.enter_context(mock.patch.multiple(products, _onednn_is_faster=lambda: onednn, ONEDNN_LEAST=1))
         stack.enter_context(rng.choice([torch.enable_grad, torch.enable_grad, torch.no_grad, torch.inference_mode])())
         if rng.random() < 0.2:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))

@@ -18,7 +18,7 @@ from minigpt2.command_line import RECOMPUTES, optional
 from minigpt2.config import OFFICIAL_SIZES, GPT2Config
 from minigpt2.loss import chunk_shape
 from minigpt2.ops.allocator import tune_allocator
-from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves, weight_gradient
+from minigpt2.ops.products import add_transposed_product, multiply, onednn_serves, tiles_multiply, weight_gradient
 from minigpt2.training.precision import DTYPES
 
 __all__ = ["bench_step", "roofline_seconds"]
@@ -48,7 +48,7 @@ def bench_step(
 
     Medians, with their range, over every step but each process's warm-up. The roofline share is the
     time that the step's matrix products and attention would take at the rates that torch.mm reaches on the same shapes
-    in this run, over the step's time; where minigpt2 has another library make its products, also at that one's rates.
+    in this run, over the step's time; where minigpt2's products are made otherwise, also at the rates of those.
     Recomputation counts as time, not as work. A ratio to another library is the median over pairs of steps, the first
     of one with the first of the other and so on.
 
@@ -93,7 +93,10 @@ def bench_step(
     rooflines: dict[str, list[float]] = {"torch.mm": []}
     if precision == "fp32" and onednn_serves(batch * length * full.n_embd * full.inner):
         rooflines["oneDNN"] = []
-        tune_allocator()  # it makes the memory of its results itself, and as in the step there shall be no fresh pages
+    if precision == "bf16" and tiles_multiply(batch * length * full.n_embd * full.inner):
+        rooflines["minigpt2's own products"] = []
+    if len(rooflines) > 1:
+        tune_allocator()  # the memory of their results is made anew, and as in the step there shall be no fresh pages
     for _ in range(rounds):
         for name, job in jobs.items():
             results[name].append(measure(job))
@@ -125,16 +128,16 @@ def bench_step(
 # of an operation of our own is recorded under the name that torch.library gives its autograd function.
 _FORWARD = "GeneratedBackwardFor_minigpt2_"
 _LINES = {
-    "matrix products": "aten::mm aten::addmm mkldnn:: aten::mkldnn _Filled",
+    "matrix products": "aten::mm aten::addmm mkldnn:: aten::mkldnn minigpt2::matmul _Filled",
     "copies for them": "_Kept aten::to_mkldnn aten::copy_ aten::clone aten::contiguous",
     "attention": f"{_FORWARD}attention minigpt2::attention aten::_scaled_dot_product",
-    "loss, beside its products": f"{_FORWARD}linear minigpt2::linear aten::_softmax aten::softmax aten::amax "
-    "aten::gather aten::scatter aten::log aten::where aten::masked_fill",
+    "loss, beside its products, or on AMX with them": f"{_FORWARD}linear minigpt2::linear aten::_softmax aten::softmax "
+    "aten::amax aten::gather aten::scatter aten::log aten::where aten::masked_fill",
     "sums of gradients": "aten::add_",  # those of the head's over its chunks too, where oneDNN makes the products
     "LayerNorm": "aten::native_layer_norm",
     "GELU": f"{_FORWARD}gelu minigpt2::gelu aten::gelu",
     "dropout and residual": f"{_FORWARD}dropout minigpt2::dropout aten::add aten::mul",
-    "gradients of the biases": "aten::sum",
+    "gradients of the biases": "aten::sum",  # or, by the compiled kernel, in _Kept above
     "embedding": "aten::embedding aten::index",
     "AdamW": "aten::_fused_adamw Optimizer. aten::zero_",
 }
@@ -169,7 +172,8 @@ def roofline_seconds(
     torch.mm in `dtype`, or as the model makes it (the best of `repeats`), and attention is charged at the rate of the
     fastest of them."""
     N, C = batch * length, config.n_embd
-    rows, V = chunk_shape(N, config.vocab_size, dtype=dtype)  # chunks of the head, whose rows are padded
+    tiles = library != "torch.mm" and dtype == torch.bfloat16
+    rows, V = chunk_shape(N, config.vocab_size, dtype=dtype, tiles=tiles)  # chunks of the head, whose rows are padded
     block = [(N, C, 3 * C), (N, C, C), (N, C, config.inner), (N, config.inner, C)]
     products: list[tuple[float, tuple[int, int, int], bool]] = [(config.n_layer, shape, False) for shape in block]
     products.append((N / rows, (rows, C, V), True))  # the head lies as the embedding does
@@ -180,7 +184,7 @@ def roofline_seconds(
         out, grad_x, grad_w = (
             torch.empty_like(y),
             torch.empty_like(x),
-            torch.zeros(*(w.t() if head else w).shape, dtype=dtype),
+            torch.zeros(*(w.t() if head else w).shape, dtype=torch.float32 if tiles else dtype),
         )
         calls: list[Callable[[], object]]
         if library == "torch.mm":

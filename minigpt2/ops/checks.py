@@ -12,11 +12,14 @@ from torch import Tensor
 __all__ = [
     "MAX_HEAD_DIM",
     "blocks_fit",
+    "check_adamw",
     "check_alike",
     "check_backward",
     "check_decode",
+    "check_matmul",
     "check_seed",
     "checked_scale",
+    "in_memory",
     "lse_dtype",
     "packed_sizes",
 ]
@@ -39,6 +42,15 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     if not 0 < scale < math.inf:
         raise ValueError(f"the scale of attention must be positive and finite, got {scale}")
     return scale
+
+
+def in_memory(x: Tensor) -> bool:
+    """Whether the values of x, a tensor on the CPU, lie in memory as they are, which those of sparse tensors and of
+    PyTorch's lazy negatives and lazy zeros do not; and at multiples of their size."""
+    if x.layout is not torch.strided or x.is_neg():
+        return False
+    address = x.data_ptr()
+    return (address != 0 or not x.numel()) and address % x.element_size() == 0
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,6 +93,38 @@ def blocks_fit(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> 
             for t, shape in zip(tensors, itertools.cycle(shapes), strict=False)
         )
     )
+
+
+def check_adamw(p: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> None:
+    """Raise ValueError unless weights and gradient are float32 matrices, and both moments of their shape, of one dtype
+    of fewer bytes."""
+    small = first.dtype if first.dtype in (torch.bfloat16, torch.uint8) else torch.bfloat16
+    wanted = [(p, torch.float32), (grad, torch.float32), (first, small), (second, small)]
+    if p.dim() != 2 or any(t.shape != p.shape or t.dtype != dtype for t, dtype in wanted):
+        found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t, _ in wanted)
+        raise ValueError(
+            f"weights and gradient must be float32 matrices, and the moments {small} of their shape: {found}"
+        )
+
+
+def check_matmul(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, dtype: torch.dtype, add: bool) -> None:
+    """Raise ValueError unless a (M, K), b (K, N) and bias (N,) can be multiplied by tiles, and into `out`, if there is
+    one, or a tensor of `dtype`; TypeError for other dtypes."""
+    sizes = [*a.shape, *b.shape]
+    if a.dim() != 2 or b.dim() != 2 or sizes[1] != sizes[2] or (bias is not None and bias.shape != (sizes[3],)):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (a, b, bias) if t is not None)
+        raise ValueError(f"a (M, K), b (K, N) and bias (N,) do not fit together: {shapes}")
+    into = dtype if out is None else out.dtype
+    if a.dtype != torch.bfloat16 or not {b.dtype, into} <= {torch.bfloat16, torch.float32}:
+        raise TypeError(f"a must be bfloat16, b and the product that or float32, not {a.dtype}, {b.dtype}, {into}")
+    if not all(t.is_cpu and t.layout is torch.strided for t in (a, b, bias, out) if t is not None):
+        raise ValueError("the kernel takes strided tensors on the CPU")
+    if add and (out is None or out.dtype != torch.float32):
+        raise ValueError("only to a float32 `out` can a product be added")
+    if out is not None and (out.shape != (sizes[0], sizes[3]) or out.is_neg() or (out.numel() and out.stride(1) != 1)):
+        raise ValueError(f"out must be ({sizes[0]}, {sizes[3]}), its rows contiguous, not {tuple(out.shape)}")
+    if out is not None and out.size(0) > 1 and out.stride(0) < out.size(1):
+        raise ValueError(f"out must have rows of their own in memory, not strides {out.stride()}")
 
 
 def check_alike(x: Tensor, other: Tensor | None, name: str) -> None:

@@ -17,11 +17,14 @@ from torch import Tensor
 from minigpt2.ops import build
 from minigpt2.ops.checks import (
     blocks_fit,
+    check_adamw,
     check_alike,
     check_backward,
     check_decode,
+    check_matmul,
     check_seed,
     checked_scale,
+    in_memory,
     lse_dtype,
     packed_sizes,
 )
@@ -32,10 +35,10 @@ __all__ = [
     "FEW",
     "adamw",
     "adamw_blocks",
-    "add_transposed_",
     "attention",
     "attention_backward",
     "bfloat16_products",
+    "column_sums",
     "cross_entropy_",
     "decode",
     "decode_blocks",
@@ -45,9 +48,10 @@ __all__ = [
     "few_rows_as_they_are",
     "gelu",
     "in_memory",
+    "matmul",
     "serves",
     "serves_blocks",
-    "transposed",
+    "tiles",
     "unavailable",
 ]
 
@@ -65,9 +69,10 @@ _SOURCES = (
     "dropout.cpp",
     "gelu.cpp",
     "loss.cpp",
+    "matmul.cpp",
     "products.cpp",
+    "sums.cpp",
     "tasks.cpp",
-    "transposes.cpp",
 )
 
 
@@ -86,15 +91,6 @@ def serves(x: Tensor) -> bool:
 @constant_to_compiler
 def _serves(dtype: torch.dtype) -> bool:
     return dtype in DTYPES and unavailable() is None
-
-
-def in_memory(x: Tensor) -> bool:
-    """Whether the values of x, a tensor on the CPU, lie in memory as they are, which those of sparse tensors and of
-    PyTorch's lazy negatives and lazy zeros do not; and at multiples of their size."""
-    if x.layout is not torch.strided or x.is_neg():
-        return False
-    address = x.data_ptr()
-    return (address != 0 or not x.numel()) and address % x.element_size() == 0
 
 
 def direct(*tensors: Tensor) -> bool:
@@ -231,39 +227,49 @@ def few_rows_as_they_are(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return out
 
 
-def transposed(x: Tensor) -> Tensor:
-    """The transpose of x (n, m), bfloat16: (m, n), in rows of their own. They are padded, by zeros up to a multiple of
-    32 elements, and so that they do not lie a multiple of 4 KiB apart, where a cache has few places for them."""
-    x = _bfloat16_matrix(x)
-    rows_, columns = x.shape
-    padded = -(-rows_ // 32) * 32
-    width = padded + 32
-    width += 32 * (width % 2048 == 0)
-    out = x.new_empty((columns, width))
-    places = (x.data_ptr(), x.stride(0), out.data_ptr(), width)
-    if _functions()["transposed"](rows_, padded, columns, *places):
-        raise MemoryError("transposed could not allocate its tasks")
-    return out[:, :rows_]
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """a @ b, and a bias if there is one, on AMX: a (M, K), bfloat16, b (K, N), bfloat16 or float32, which is rounded to
+    bfloat16, bias (N,) -> (M, N), float32 or rounded to bfloat16: in dtype, or in `out`, to which it can be added if
+    that is float32. Sums are float32. Raises RuntimeError where there is no AMX."""
+    if not tiles():
+        raise RuntimeError("this processor has no AMX, or the kernel was not compiled for it")
+    check_matmul(a, b, bias, out, dtype, add)
+    (M, K), N = a.shape, b.size(1)
+    out = a.new_empty((M, N), dtype=dtype) if out is None else out
+    if not K:
+        a, b = a.new_zeros((M, 1)), b.new_zeros((1, N))
+    a, b = (t if 1 in t.stride() and in_memory(t) else t.clone(memory_format=torch.contiguous_format) for t in (a, b))
+    bias = None if bias is None else bias.detach().float().contiguous()
+    left, right = ((t.data_ptr(), t.stride(turned), turned) for t in (a, b) for turned in [int(t.stride(1) != 1)])
+    places = (None if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0))
+    wide, exact = (t.dtype is torch.float32 for t in (b, out))
+    if out.numel() and _functions()["matmul"](M, N, max(1, K), *left, *right, wide, *places, exact, add):
+        raise MemoryError("matmul could not allocate its scratch memory")
+    return out
 
 
-def add_transposed_(to: Tensor, x: Tensor, *, first: bool = False) -> Tensor:
-    """to += the transpose of x, or to = it where it is the `first`; to (m, n), float32, its rows contiguous, x (n, m),
-    bfloat16."""
-    x = _bfloat16_matrix(x)
-    if to.shape != x.shape[::-1] or to.dtype != torch.float32 or not to.is_cpu or not in_memory(to):
-        raise ValueError(f"to must be float32 {tuple(x.shape[::-1])} on the CPU, not {to.dtype} {tuple(to.shape)}")
-    if to.numel() and (to.stride(1) != 1 or to.stride(0) < to.size(1)):
-        raise ValueError(f"to must have rows of their own in memory, not strides {to.stride()}")
-    sizes = (*x.shape, x.data_ptr(), x.stride(0), to.data_ptr(), to.stride(0))
-    if _functions()["add_transposed"](*sizes, not first):
-        raise MemoryError("add_transposed_ could not allocate its tasks")
-    return to
+def column_sums(x: Tensor) -> Tensor:
+    """The sums over the rows of x (n, m): (m,), in the dtype of the arithmetic."""
+    if x.dim() != 2:
+        raise ValueError(f"x must be a matrix, not {tuple(x.shape)}")
+    x = rows(_checked(x)[0])
+    out = x.new_empty(x.size(1), dtype=lse_dtype(x.dtype))
+    _call("column_sums", x.dtype, *x.shape, x.data_ptr(), x.stride(0), out.data_ptr())
+    return out
 
 
-def _bfloat16_matrix(x: Tensor) -> Tensor:
-    if x.dim() != 2 or x.dtype != torch.bfloat16:
-        raise ValueError(f"x must be a bfloat16 matrix, not {x.dtype} {tuple(x.shape)}")
-    return rows(_checked(x)[0])
+@functools.cache
+def tiles() -> bool:
+    """Whether there is `matmul` here."""
+    return unavailable() is None and bool(_functions()["multiplies_by_tiles"]())
 
 
 def adamw_blocks(columns: int) -> int:
@@ -283,17 +289,13 @@ def adamw(
 ) -> None:
     """The step of ../ops/adamw.py, in place, of p and grad (rows, columns), float32, both contiguous; the moments
     bfloat16 or, with scales in float32, one for each block of a row, uint8."""
-    kind = torch.bfloat16 if scales is None else torch.uint8
-    wanted = [(p, torch.float32), (grad, torch.float32), (first, kind), (second, kind)]
-    if p.dim() != 2 or any(t.shape != p.shape or t.dtype != dtype for t, dtype in wanted):
-        found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t, _ in wanted)
-        raise ValueError(
-            f"weights and gradient must be float32 matrices, and the moments {kind} of their shape: {found}"
-        )
+    check_adamw(p, grad, first, second)
     scaled = list(scales or ())
     blocks = adamw_blocks(p.size(1))
     if any(s.shape != (p.size(0), blocks) or s.dtype != torch.float32 for s in scaled):
         raise ValueError(f"scales must be float32 ({p.size(0)}, {blocks})")
+    if first.dtype is not (torch.uint8 if scaled else torch.bfloat16):
+        raise ValueError(f"the moments must be uint8 with scales and bfloat16 without, not {first.dtype}")
     tensors = [p, grad, first, second, *scaled]
     if not all(t.is_cpu and t.is_contiguous() and in_memory(t) for t in tensors):
         raise ValueError("weights, gradient, moments and scales must be contiguous, on the CPU")
@@ -373,20 +375,22 @@ def _functions() -> dict[str, Any]:
     shape: list[Any] = [ctypes.c_int, *[integer] * 4]  # dtype, B, T, H, D
     strided: list[Any] = [pointer, integer, integer]
     cached = [*strided, integer]
+    matrix: list[Any] = [pointer, integer, ctypes.c_int]  # and whether it is turned
     arguments = {
         # bytes of a moment, rows, columns, ..., the numbers of the step, seed and first row
         "adamw": [ctypes.c_int, integer, integer, *[pointer] * 7, ctypes.c_uint32, integer],
-        "add_transposed": [integer, integer, pointer, integer, pointer, integer, ctypes.c_int],
         "attention": [*shape, *strided, number, pointer, pointer, *dropout],
         "attention_backward": [*shape, *strided, number, *strided, *[pointer] * 3, *dropout],
         "bfloat16_products": [],
+        "column_sums": [ctypes.c_int, integer, integer, pointer, integer, pointer],
         "cross_entropy": [ctypes.c_int, *[integer] * 2, pointer, integer, pointer, pointer, ctypes.c_int],
         "decode": [*shape, number, *strided, *cached, *cached, pointer],
         "decode_blocks": [*shape, *[integer] * 3, *[pointer] * 4],
         "dropout_add": [ctypes.c_int, integer, integer, *[pointer] * 3, *dropout],
         "gelu": [ctypes.c_int, integer, *[pointer] * 3],
         "few_rows": [ctypes.c_int, *[integer] * 3, pointer, integer, *[pointer] * 3],  # dtype, M, K, N, ...
-        "transposed": [*[integer] * 3, pointer, integer, pointer, integer],
+        "matmul": [*[integer] * 3, *matrix, *matrix, ctypes.c_int, pointer, pointer, integer, *[ctypes.c_int] * 2],
+        "multiplies_by_tiles": [],
     }
     found = {name: getattr(library, f"minigpt2_{name}") for name in arguments}
     for name, function in found.items():

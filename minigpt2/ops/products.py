@@ -1,16 +1,17 @@
 """The model's matrix products: which library makes them.
 
 torch.addmm and torch.mm serve everything; bfloat16 they hand to oneDNN themselves, which takes the best instructions
-that the processor has (AMX, AVX512_BF16, or float32's). Three cases on a CPU have something faster:
+that the processor has (AMX, AVX512_BF16, or float32's). Four cases on a CPU have something faster:
 
 - *float32 on AMD's Zen 5.* torch.mm is MKL's, which takes its AVX-512 code on Intel's processors only and half of the
   vector units lie idle. oneDNN, which is a part of PyTorch too, uses them: products of training then take half of the
   time (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
-- *bfloat16 where the processor multiplies it.* torch.addmm first fills the product with the bias, for oneDNN to read
-  again; oneDNN adds a bias itself. And on AMX it takes longer for the gradient of a weight, x^T @ grad, than for any
-  other product of that size, since it gathers its tiles from columns; not if the narrower of the two is transposed
-  before (a Xeon; without its tiles, by AVX512_BF16, that made no difference). `minigpt2 bench step --precision bf16`
-  says how much of a step the products by torch.mm would take.
+- *bfloat16 on AMX.* The compiled kernel (csrc/matmul.cpp) reads float32 weights as they are, which saves their casts,
+  and sums the gradients of weights in float32. It keeps five of the unit's eight tiles in use; with all of them, as
+  oneDNN has it, the virtual Xeon that this was measured on is at most times half as fast (csrc/tiles.h).
+- *bfloat16 where the processor multiplies it otherwise.* torch.addmm first fills the product with the bias, for oneDNN
+  to read again; oneDNN adds a bias itself. `minigpt2 bench step --precision bf16` says how much of a step the products
+  by torch.mm would take.
 - *Few rows* of float32 or bfloat16, as in generation, where the time goes into reading the weights. The compiled kernel
   (csrc/products.cpp) reads them nearer to the rate of memory than a general product does (`minigpt2 bench generate`
   says how near).
@@ -41,12 +42,12 @@ __all__ = [
     "onednn_serves",
     "project",
     "project_transposed",
+    "tiles_multiply",
     "weight_gradient",
 ]
 
-TURNED_LEAST = 1 << 20  # elements of the gradient of a weight that is not wider than high; below, oneDNN loses by it
 ONEDNN_LEAST = 1 << 24  # multiplications in a product; below, what a call costs outweighs what it gains
-BLOCK = 4064  # rows of a sum of products that are added at a time: 12 MiB stay in the cache, and rows not 4 KiB apart
+BLOCK = 4064  # rows of a sum of products that are added at a time: 12 MiB stay in the cache
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -58,12 +59,15 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not (x.size(1) == weight.size(0) > 0 and bias.shape == weight.shape[1:]):
         return torch.addmm(bias, x, weight)  # or its error
     keeps_casts = torch.is_autocast_cache_enabled() and not torch.is_grad_enabled()
-    if not keeps_casts and _autocast_serves(x, weight, bias):
+    alike = x.dtype == weight.dtype == bias.dtype
+    if _autocast_serves(x, weight, bias) and (not keeps_casts or tiles_multiply(x.size(0) * weight.numel())):
         x = x.to(torch.get_autocast_dtype("cpu"))
-    elif not _plain(x, weight, bias):
+    elif not (_plain(x, weight, bias) or (alike and tiles_serve(x, weight, bias))):
         return torch.addmm(bias, x, weight)
 
     def product() -> Tensor:
+        if tiles_serve(x, weight, bias):
+            return _by_tiles(x, weight, bias)
         if bfloat16_serves(x):
             # Autocast would keep the weight's cast for the backward pass, beside the weight.
             return onednn_linear(x, weight.to(x.dtype).t(), bias.to(x.dtype).contiguous())
@@ -85,7 +89,11 @@ def project_transposed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, for a (n, k) and b (k, m): (n, m), contiguous. Without a gradient."""
+    """a @ b, for a (n, k) and b (k, m): (n, m), contiguous. Without a gradient. A float32 b is cast to bfloat16 for a
+    bfloat16 a."""
+    if tiles_serve(a, b):
+        return _by_tiles(a, b)
+    b = b.to(a.dtype)
     if onednn_serves(a.size(0) * b.numel(), a, b):
         return onednn_linear(a, b.t(), None)
     return torch.mm(a, b)
@@ -94,13 +102,10 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 def add_transposed_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """to += a^T @ b, or to = a^T @ b where it is the `first` to be added; a (k, n), b (k, m), to (n, m).
 
-    A `to` of higher precision takes the sum as it is; each product is rounded to the dtype of a and b.
+    A `to` of higher precision takes the sum as it is; each product may be rounded to the dtype of a and b.
     """
-    if tiles_serve(a, b) and to.dtype == torch.float32:
-        turned = kernel.transposed(b)
-        for start in range(0, to.size(0), BLOCK):
-            block = slice(start, start + BLOCK)
-            kernel.add_transposed_(to[block], torch.mm(turned, a[:, block]), first=first)
+    if to.dtype == torch.float32 and tiles_serve(a.t(), b):
+        kernel.matmul(a.t(), b, out=to, add=not first)
         return
     onednn = onednn_serves(to.numel() * a.size(0), to, a, b)
     if not onednn and to.dtype == a.dtype:
@@ -114,14 +119,10 @@ def add_transposed_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """x^T @ grad, for x (n, in) and grad (n, out): (in, out), the gradient of a weight. Without a gradient. That of
-    bfloat16 operands is rounded to bfloat16, and may be float32."""
-    (k, n), m = x.shape, grad.size(1)
-    if (n < m or n * m >= TURNED_LEAST) and tiles_serve(x, grad):
-        if n <= m:
-            return torch.mm(kernel.transposed(x), grad)
-        turned = torch.mm(kernel.transposed(grad), x)
-        return kernel.add_transposed_(x.new_empty(n, m, dtype=torch.float32), turned, first=True)
-    if not onednn_serves(k * n * m, x, grad):
+    bfloat16 operands is float32 on AMX, and elsewhere rounded to bfloat16."""
+    if tiles_serve(x.t(), grad):
+        return _by_tiles(x.t(), grad, exact=True)
+    if not onednn_serves(x.numel() * grad.size(1), x, grad):
         return torch.mm(x.t(), grad)
     return onednn_weight_gradient(x, grad)
 
@@ -141,28 +142,62 @@ def bfloat16_serves(*operands: Tensor) -> bool:
         and all(t.dtype == torch.bfloat16 for t in operands)
         and not transformed()
         and bool(torch.backends.mkldnn.enabled)
-        and _onednn_multiplies_bfloat16()
+        and _bfloat16_unit_to_use() is not None
     )
 
 
 @functools.cache
-def _onednn_multiplies_bfloat16() -> bool:
-    """Without trying, which recomputation would take for an operation of the model's."""
+def _bfloat16_unit_to_use() -> str | None:
+    """With which of the processor's units oneDNN multiplies bfloat16, without trying, which recomputation would take
+    for an operation of the model's. What it is kept from, the kernel does not use either."""
     limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
-    limited = limit not in ("", "ALL", "DEFAULT") and not limit.startswith(("AVX512", "AVX10"))
-    return bfloat16_unit() is not None and has_onednn() and not limited
+    limited = limit not in ("", "ALL", "DEFAULT")
+    if not has_onednn() or (limited and not limit.startswith(("AVX512", "AVX10"))):
+        return None
+    unit = bfloat16_unit()
+    return "avx512_bf16" if unit and limited and "AMX" not in limit else unit
 
 
-def tiles_serve(a: Tensor, b: Tensor) -> bool:
-    """Whether a^T @ b, for a (k, n) and b (k, m), is made faster of a transpose: of bfloat16, on AMX."""
+def tiles_serve(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the compiled kernel is to make a @ b + bias, on AMX: for a (n, k), bfloat16, b (k, m) and bias that or
+    float32."""
+    others = (b,) if bias is None else (b, bias)
     return (
-        bfloat16_serves(a, b)
-        and kernel.direct(a, b)
-        and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16)
-        and bfloat16_unit() == "amx_bf16"
-        and a.numel() * b.size(1) >= ONEDNN_LEAST
-        and kernel.unavailable() is None
+        a.dtype == torch.bfloat16
+        and bfloat16_serves(a)
+        and _as_they_seem(*others)
+        and all(t.dtype in (torch.bfloat16, torch.float32) for t in others)
+        and tiles_multiply(a.numel() * b.size(1))
     )
+
+
+def tiles_multiply(multiplications: int) -> bool:
+    """Whether the compiled kernel is to make a product of this size, of plain bfloat16 tensors on the CPU."""
+    return (
+        (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16)
+        and multiplications >= ONEDNN_LEAST
+        and bool(torch.backends.mkldnn.enabled)
+        and _bfloat16_unit_to_use() == "amx_bf16"
+        and kernel.tiles()
+    )
+
+
+def _by_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> Tensor:
+    product: Tensor = torch.ops.minigpt2.matmul(a, b, bias, exact)
+    return product
+
+
+def _matmul(a: Tensor, b: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
+    return kernel.matmul(a, b, bias, dtype=torch.float32 if exact else torch.bfloat16)
+
+
+# An operation, so that a recomputation can keep its result.
+torch.library.define("minigpt2::matmul", "(Tensor a, Tensor b, Tensor? bias, bool exact) -> Tensor")
+torch.library.impl("minigpt2::matmul", "CPU", _matmul)
+torch.library.register_fake(
+    "minigpt2::matmul",
+    lambda a, b, _, exact: a.new_empty((a.size(0), b.size(1)), dtype=torch.float32 if exact else a.dtype),
+)
 
 
 @functools.cache
@@ -249,9 +284,17 @@ class _Kept(torch.autograd.Function):
         del x
         grad_x = None
         if want_x:
-            right = weight.to(grad.dtype).t()  # in autocast's dtype
-            grad_x = grad @ right if twice else multiply(grad, right)
-        return grad_x, grad_weight, grad.sum(0) if want_bias else None
+            # In autocast's dtype.
+            grad_x = grad @ weight.to(grad.dtype).t() if twice else multiply(grad, weight.t())
+        grad_bias = (grad.sum(0) if twice else _column_sums(grad)) if want_bias else None
+        return grad_x, grad_weight, grad_bias
+
+
+def _column_sums(grad: Tensor) -> Tensor:
+    """grad (n, m) -> (m,), by one pass that reads whole rows: PyTorch's takes twice as long in bfloat16."""
+    if _as_they_seem(grad) and not transformed() and kernel.serves(grad):
+        return kernel.column_sums(grad)
+    return grad.sum(0)
 
 
 class _Filled(torch.autograd.Function):

@@ -16,6 +16,12 @@ def needs_the_kernel() -> None:
 
 
 @pytest.fixture
+def needs_tiles(needs_the_kernel: None) -> None:
+    if not kernel.tiles():
+        pytest.skip("this processor has no AMX, or the kernel was not compiled for it")
+
+
+@pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of threads for one test."""
     before = torch.get_num_threads()

@@ -97,7 +97,9 @@ def test_the_kernel_checks_what_it_is_given() -> None:
     (first, second), scales = state((4, 8), "8bit")
     with pytest.raises(ValueError, match="must be float32 matrices"):
         kernel.adamw(p, p[:2], first, second, scales, numbers, 0, 0)
-    with pytest.raises(ValueError, match=r"moments torch.bfloat16 of their shape"):
+    with pytest.raises(ValueError, match=r"moments torch.uint8 of their shape"):
+        kernel.adamw(p, p, first, second.bfloat16(), scales, numbers, 0, 0)
+    with pytest.raises(ValueError, match=r"uint8 with scales and bfloat16 without, not torch.uint8"):
         kernel.adamw(p, p, first, second, None, numbers, 0, 0)
     with pytest.raises(ValueError, match=r"scales must be float32 \(4, 1\)"):
         kernel.adamw(p, p, first, second, (p, p), numbers, 0, 0)

@@ -170,18 +170,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: kernel.few_rows(X, randn(32, 64), randn(63)), "bias must be (64,), got (63,)"),
     (lambda: kernel.few_rows(X, randn(32, 64), randn(64).double()), "the tensors must have one dtype"),
     (lambda: kernel.few_rows(X, meta(32, 64), randn(64)), "tensors on the CPU, not torch.float32 ones on meta"),
-    (lambda: kernel.transposed(X), "x must be a bfloat16 matrix, not torch.float32 (4, 32)"),
-    (lambda: kernel.transposed(X[0].bfloat16()), "x must be a bfloat16 matrix, not torch.bfloat16 (32,)"),
-    (lambda: kernel.transposed(meta(4, 32).bfloat16()), "tensors on the CPU, not torch.bfloat16 ones on meta"),
-    (
-        lambda: kernel.add_transposed_(X, X.bfloat16()),
-        "to must be float32 (32, 4) on the CPU, not torch.float32 (4, 32)",
-    ),
-    (
-        lambda: kernel.add_transposed_(X.t(), X.bfloat16()),
-        "to must have rows of their own in memory, not strides (1, 32)",
-    ),
-    (lambda: kernel.add_transposed_(X.t().double(), X.bfloat16()), "to must be float32 (32, 4) on the CPU"),
+    (lambda: kernel.column_sums(X[0]), "x must be a matrix, not (32,)"),
+    (lambda: kernel.column_sums(X.half()), "tensors on the CPU, not torch.float16 ones on cpu"),
     (lambda: cross_entropy_(X[0], LABELS), "logits (n, V) and labels (n,) do not fit"),
     (lambda: cross_entropy_(X, LABELS[:1]), "logits (n, V) and labels (n,) do not fit"),
     (lambda: cross_entropy_(X[:, :0], LABELS), "logits (n, V) and labels (n,) do not fit"),
@@ -224,32 +214,121 @@ def test_few_rows_of_bfloat16_are_as_exact_as_the_plain_product(rows: int) -> No
             assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
 
 
-# One, less than a square of any processor's, squares alone, and squares with an edge on each side.
-@pytest.mark.parametrize("rows", [0, 1, 7, 64, 100])
-@pytest.mark.parametrize("columns", [0, 1, 9, 96, 131])
-def test_transposes(rows: int, columns: int) -> None:
-    x = randn(rows, columns + 3).bfloat16()[:, :columns]
-    found = kernel.transposed(x)
-    assert torch.equal(found, x.t())
-    if found.numel():
-        up_to_32 = found.as_strided((columns, -(-rows // 32) * 32), found.stride())
-        assert not up_to_32[:, rows:].any()
-    around = randn(columns + 1, rows + 2)
-    expected = around.clone()
-    expected[:columns, :rows] += x.t()
-    kernel.add_transposed_(around[:columns, :rows], x)
-    assert torch.equal(around, expected)
-    expected[:columns, :rows] = x.t()
-    around[:columns, :rows] = float("nan")
-    kernel.add_transposed_(around[:columns, :rows], x, first=True)
-    assert torch.equal(around, expected)
+def exact_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b + bias of what bfloat16 holds of a and b."""
+    product = a.bfloat16().double() @ b.bfloat16().double()
+    return product if bias is None else product + bias.double()
 
 
-def test_transposes_keep_what_is_not_finite() -> None:
-    x = randn(40, 40).bfloat16()
-    x[3, 5], x[20, 7], x[39, 39] = float("nan"), float("inf"), -float("inf")
-    assert torch.equal(kernel.transposed(x).nan_to_num(9.0), x.t().nan_to_num(9.0))
-    assert torch.equal(kernel.add_transposed_(torch.zeros(40, 40), x).isfinite(), x.t().isfinite())
+# One, less than a tile, tiles and an edge, more than a strip, and each dimension larger than the others by far.
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [(1, 1, 1), (5, 7, 3), (17, 49, 33), (64, 96, 64), (300, 100, 70), (40, 50, 6500), (30, 5000, 40), (3000, 8, 96)],
+)
+@pytest.mark.parametrize("a_turned", [False, True])
+@pytest.mark.parametrize("b_turned", [False, True])
+@pytest.mark.usefixtures("needs_tiles")
+def test_matmul(M: int, N: int, K: int, a_turned: bool, b_turned: bool) -> None:
+    """Every layout and dtype, with a bias, added, and into rows that lie apart: to the rounding of float32's sums."""
+    a = (randn(K, M).t() if a_turned else randn(M, K)).bfloat16()
+    bias, around = randn(N), randn(M, N + 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        b = (randn(N, K).t() if b_turned else randn(K, N)).to(dtype)
+        for added in (None, bias):
+            exact = exact_product(a, b, added)
+            tolerance = 1e-5 * K**0.5
+            assert (kernel.matmul(a, b, added, dtype=torch.float32) - exact).abs().max() <= tolerance
+            found = kernel.matmul(a, b, added)
+            assert found.dtype == torch.bfloat16
+            assert ((found - exact).abs() <= exact.abs() * 2**-8 + tolerance).all()  # rounded once
+            for add in (False, True):
+                room = around.clone()
+                kernel.matmul(a, b, added, out=room[:, :N], add=add)
+                assert (room[:, :N] - (exact + around[:, :N] * add)).abs().max() <= tolerance
+                assert torch.equal(room[:, N:], around[:, N:])
+
+
+@pytest.mark.usefixtures("needs_tiles")
+def test_neither_threads_nor_layouts_nor_other_rows_and_columns_change_a_bit_of_matmul(
+    threads: Callable[[int], None],
+) -> None:
+    a, b = randn(200, 4000).bfloat16(), randn(4000, 150)
+    found = []
+    for n in (1, 2, 5):
+        threads(n)
+        found += [kernel.matmul(a, b, dtype=torch.float32), kernel.matmul(a, b.bfloat16(), dtype=torch.float32)]
+        found.append(kernel.matmul(a.t().contiguous().t(), b.t().contiguous().t(), dtype=torch.float32))
+        found.append(torch.cat([kernel.matmul(a[:9], b, dtype=torch.float32), found[-1][9:]]))
+        found.append(torch.cat([kernel.matmul(a, b[:, :50], dtype=torch.float32), found[-1][:, 50:]], 1))
+        found.append(kernel.matmul(b.t().bfloat16(), a.t(), dtype=torch.float32).t())
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
+@pytest.mark.usefixtures("needs_tiles")
+def test_what_is_not_finite_stays_in_its_row_or_column_of_matmul() -> None:
+    a, b = randn(70, 100).bfloat16(), randn(100, 90)
+    a[3, 99], b[99, 89] = float("nan"), float("inf")
+    found = kernel.matmul(a, b)
+    assert torch.equal(found.isfinite(), exact_product(a, b).isfinite())
+    assert not found[3].isfinite().any()
+    assert not found[:, 89].isfinite().any()
+    assert found[4:, :89].isfinite().all()
+
+
+@pytest.mark.usefixtures("needs_tiles")
+def test_matmul_of_nothing_and_what_it_refuses() -> None:
+    a, b = randn(4, 32).bfloat16(), randn(32, 8)
+    assert kernel.matmul(a[:0], b).shape == (0, 8)
+    assert kernel.matmul(a, b[:, :0]).shape == (4, 0)
+    bias = randn(8)
+    assert torch.equal(kernel.matmul(a[:, :0], b[:0], bias, dtype=torch.float32), bias.expand(4, 8))
+    for why, arguments, options in (
+        ("do not fit together: (4, 32), (31, 8)", (a, b[:31]), {}),
+        ("do not fit together: (32,), (32, 8)", (a[0], b), {}),
+        ("do not fit together: (4, 32), (32, 8), (7,)", (a, b, bias[:7]), {}),
+        ("not torch.float32, torch.float32, torch.bfloat16", (a.float(), b), {}),
+        ("not torch.bfloat16, torch.float64, torch.bfloat16", (a, b.double()), {}),
+        ("not torch.bfloat16, torch.float32, torch.float16", (a, b), {"dtype": torch.float16}),
+        ("strided tensors on the CPU", (a, b.to("meta")), {}),
+        ("only to a float32 `out`", (a, b), {"add": True}),
+        ("only to a float32 `out`", (a, b), {"add": True, "out": bias.expand(4, 8).bfloat16()}),
+        ("out must be (4, 8), its rows contiguous, not (8, 4)", (a, b), {"out": randn(8, 4)}),
+        ("out must be (4, 8), its rows contiguous, not (4, 8)", (a, b), {"out": randn(8, 4).t()}),
+        ("rows of their own in memory, not strides (0, 1)", (a, b), {"out": bias.expand(4, 8)}),
+    ):
+        with pytest.raises((ValueError, TypeError), match=re.escape(why)):
+            kernel.matmul(*arguments, **options)
+
+
+# No rows, fewer than are read side by side, one band and a part; no columns, less than a vector, vectors and a rest.
+@pytest.mark.parametrize("rows", [0, 1, 3, 129, 300])
+@pytest.mark.parametrize("columns", [0, 1, 7, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.usefixtures("needs_the_kernel")
+def test_column_sums(threads: Callable[[int], None], dtype: torch.dtype, rows: int, columns: int) -> None:
+    x = randn(rows, columns + 3).to(dtype)[:, :columns]
+    found = []
+    for n in (1, 2, 5):
+        threads(n)
+        found.append(kernel.column_sums(x))
+    exact = x.double().sum(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert all(f.dtype == wide and torch.equal(f, found[0]) for f in found)
+    torch.testing.assert_close(found[0].double(), exact, rtol=0, atol=2e-6 * max(1, rows) ** 0.5)
+    assert torch.equal(kernel.column_sums(x.t()), kernel.column_sums(x.t().contiguous()))
+
+
+@pytest.mark.usefixtures("needs_the_kernel")
+def test_column_sums_keep_what_is_not_finite_to_its_column() -> None:
+    x = randn(200, 40)
+    x[150, 33], x[3, 5] = float("nan"), float("inf")
+    assert torch.equal(kernel.column_sums(x).isfinite(), x.sum(0).isfinite())
+
+
+def test_without_amx_matmul_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "tiles", lambda: False)
+    with pytest.raises(RuntimeError, match="this processor has no AMX"):
+        kernel.matmul(randn(4, 4).bfloat16(), randn(4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

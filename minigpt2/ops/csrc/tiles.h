@@ -1,6 +1,18 @@
 // Matrix products of pairs on AMX, a processor's unit for tiles: matrices of 16 rows of 64 bytes in registers, of which
 // one instruction multiplies two, 16 x 16 pairs each, and adds the product to a third, of 16 x 16 floats. Vectors of
 // pairs do a sixteenth of that in the time. How sums round is up to the unit, and the same in every run.
+//
+// There are eight such registers, and a product of 2 x 2 tiles of sums would read the fewest tiles from memory. But then
+// all eight are in use, and on the virtual Xeons that this was measured on loads and products do not overlap for most of
+// the time: billions of operations a second and thread, of products that read L1 and L2, in the slowest and the fastest
+// quarter of many short runs,
+//
+//   sums x registers in use  2 x 2, 8  2 x 2, 7  1 x 4, 6  1 x 3, 5  1 x 2, 4
+//   slowest quarter               589       819       954      1200      1183
+//   fastest quarter              2608      2603      2630      2490      2150
+//
+// What decides is probably whether the core's other thread, which may be another's machine, has tiles too: registers to
+// rename them to are few. So attention takes 1 x 2 and the products of training (matmul.cpp) 1 x 3.
 
 #pragma once
 
@@ -24,7 +36,7 @@
 
 namespace minigpt2 {
 
-constexpr int BLOCK = 32;  // rows and columns of a product that are made at a time: 2 x 2 tiles of sums
+constexpr int BLOCK = 32;  // of which rows and columns of a product are multiples
 
 #ifdef MINIGPT2_TILES
 constexpr bool TILES = true;
@@ -47,45 +59,36 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// c (BLOCK x BLOCK) = a b, or c += a b with `add`. a lies along its rows, b across them; words: of the dimension that
-// is summed over, a multiple of 16. Strides count words and floats.
-INLINE void block_product(float* c, ptrdiff_t ldc, const Pair* a, ptrdiff_t lda, const Pair* b, ptrdiff_t ldb,
-                          int words, bool add) {
+// c (16 x BLOCK) = a b, or c += a b with `add`. a lies along its rows, b across them; words: of the dimension that is
+// summed over, a multiple of 16. Strides count words and floats.
+INLINE void strip_of_tiles(float* c, ptrdiff_t ldc, const Pair* a, ptrdiff_t lda, const Pair* b, ptrdiff_t ldb,
+                           int words, bool add) {
   const ptrdiff_t c_bytes = 4 * ldc, a_bytes = 4 * lda, b_bytes = 4 * ldb;
   if (add) {
     _tile_loadd(0, c, c_bytes);
     _tile_loadd(1, c + 16, c_bytes);
-    _tile_loadd(2, c + 16 * ldc, c_bytes);
-    _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
   }
   for (int k = 0; k < words; k += 16) {
-    _tile_loadd(4, a + k, a_bytes);
-    _tile_loadd(6, b + k * ldb, b_bytes);
-    _tile_loadd(7, b + k * ldb + 16, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + 16 * lda + k, a_bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(2, a + k, a_bytes);
+    _tile_loadd(3, b + k * ldb, b_bytes);
+    _tile_dpbf16ps(0, 2, 3);
+    _tile_loadd(3, b + k * ldb + 16, b_bytes);
+    _tile_dpbf16ps(1, 2, 3);
   }
   _tile_stored(0, c, c_bytes);
   _tile_stored(1, c + 16, c_bytes);
-  _tile_stored(2, c + 16 * ldc, c_bytes);
-  _tile_stored(3, c + 16 * ldc + 16, c_bytes);
 }
 
-// The same of any number of blocks, c (rows x columns).
+// The same of any number of rows and columns, c (rows x columns).
 inline void tile_product(float* c, ptrdiff_t ldc, const Pair* a, ptrdiff_t lda, const Pair* b, ptrdiff_t ldb, int rows,
                          int columns, int words, bool add) {
   std::atomic_signal_fence(std::memory_order_seq_cst);  // a compiler need not know that tiles are loaded from memory
-  for (int i = 0; i < rows; i += BLOCK)
-    for (int j = 0; j < columns; j += BLOCK)
-      block_product(c + i * ldc + j, ldc, a + i * lda, lda, b + j, ldb, words, add);
+  for (int j = 0; j < columns; j += BLOCK)
+    for (int i = 0; i < rows; i += 16)
+      strip_of_tiles(c + i * ldc + j, ldc, a + i * lda, lda, b + j, ldb, words, add);
   std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
