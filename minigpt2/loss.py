@@ -47,8 +47,8 @@ _CHUNK_BYTES = {4: 64 * 2**20, 2: 50 * 2**20}
 # Where float32 weights are multiplied as they are, on AMX, there is no cast of the head, of 74 MiB, and 1024 tokens of
 # GPT-2 take no more memory than 512 beside it.
 _TILES_CHUNK_BYTES = 105 * 2**20
-# On AMX the loss of 342 tokens in bfloat16 took 1.2 to 1.4 times as long as that of 352 (`minigpt2 bench loss --tokens
-# 342 --bfloat16`).
+# On AMX oneDNN took 1.2 to 1.4 times as long for the loss of 342 tokens in bfloat16 as for that of 352 (`minigpt2 bench
+# loss --tokens 342 --bfloat16`).
 _TOKEN_MULTIPLE = 32
 # MKL writes rows of logits that start on a cache line 1.4 times as fast as rows of 50257 floats. So a chunk's rows are
 # padded to a multiple of this many elements; the padding holds logits of -inf, which softmax turns into zeros.
@@ -111,7 +111,7 @@ def linear_cross_entropy(
             raise ValueError(f"target {outside[0].item()} is neither in [0, {vocab}) nor ignore_index ({ignore_index})")
 
     compiled = dtype if kernel.serves(hidden) else torch.float32
-    tiles = by_tiles(device, compiled, hidden.numel() * vocab)
+    tiles = by_tiles(device, compiled, hidden.numel() * vocab) and weight.dtype == torch.float32
     chunk_size = chunk_size or _most_tokens(vocab, compiled, tiles)
     total = reduction != "none"
     gradients = total and torch.is_grad_enabled()
@@ -188,7 +188,7 @@ def _linear_cross_entropy(
     labels = torch.where(counts, targets, 0).unsqueeze(1)
     factors = torch.where(counts, 1.0 if grad_losses is None else grad_losses, 0.0).to(wide).unsqueeze(1)
     tiles = by_tiles(hidden.device.type, dtype, min(chunk_size, tokens) * weight.numel())
-    head = weight if tiles else weight.to(dtype)
+    head = weight if tiles and weight.dtype in (dtype, torch.float32) else weight.to(dtype)
     chunk_size, width = chunk_shape(tokens, vocab, chunk_size)
     onednn = onednn_serves(chunk_size * head.numel(), hidden, head)  # which allocates the logits itself, unpadded
 

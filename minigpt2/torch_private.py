@@ -43,7 +43,7 @@ KEEPS_GRAPH = "torch._C._autograd._get_current_graph_task_keep_graph"
 EXCLUDE_KEY = "torch._C._SetExcludeDispatchKeyGuard"
 # Without it, every module is taken to have hooks.
 GLOBAL_HOOKS = "torch.nn.modules.module._has_any_global_hook"
-# Without either, oneDNN makes no product.
+# Without either, oneDNN makes no product, and the compiled kernel none of bfloat16.
 LINEAR = "torch.ops.mkldnn._linear_pointwise"
 WEIGHT_GRADIENT = "torch.ops.aten.mkldnn_linear_backward_weights"
 # Without it, there is no --optimizer muon.

@@ -121,7 +121,9 @@ def check_matmul(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, 
         raise ValueError("the kernel takes strided tensors on the CPU")
     if add and (out is None or out.dtype != torch.float32):
         raise ValueError("only to a float32 `out` can a product be added")
-    if out is not None and (out.shape != (sizes[0], sizes[3]) or out.is_neg() or (out.numel() and out.stride(1) != 1)):
+    if out is not None and (
+        out.shape != (sizes[0], sizes[3]) or not in_memory(out) or (out.numel() and out.stride(1) != 1)
+    ):
         raise ValueError(f"out must be ({sizes[0]}, {sizes[3]}), its rows contiguous, not {tuple(out.shape)}")
     if out is not None and out.size(0) > 1 and out.stride(0) < out.size(1):
         raise ValueError(f"out must have rows of their own in memory, not strides {out.stride()}")

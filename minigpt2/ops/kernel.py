@@ -247,7 +247,7 @@ def matmul(
     if not K:
         a, b = a.new_zeros((M, 1)), b.new_zeros((1, N))
     a, b = (t if 1 in t.stride() and in_memory(t) else t.clone(memory_format=torch.contiguous_format) for t in (a, b))
-    bias = None if bias is None else bias.detach().float().contiguous()
+    bias = None if bias is None else bias.detach().float().clone(memory_format=torch.contiguous_format)
     left, right = ((t.data_ptr(), t.stride(turned), turned) for t in (a, b) for turned in [int(t.stride(1) != 1)])
     places = (None if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0))
     wide, exact = (t.dtype is torch.float32 for t in (b, out))

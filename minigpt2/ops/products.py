@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt2.ops import kernel
+from minigpt2.ops.checks import lse_dtype
 from minigpt2.torch_private import has_onednn, onednn_linear, onednn_weight_gradient, transformed
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 ONEDNN_LEAST = 1 << 24  # multiplications in a product; below, what a call costs outweighs what it gains
+MANY = 256  # rows of x with which a product that casts the weight takes no longer than one with a cast that is kept
 BLOCK = 4064  # rows of a sum of products that are added at a time: 12 MiB stay in the cache
 
 
@@ -59,8 +61,9 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not (x.size(1) == weight.size(0) > 0 and bias.shape == weight.shape[1:]):
         return torch.addmm(bias, x, weight)  # or its error
     keeps_casts = torch.is_autocast_cache_enabled() and not torch.is_grad_enabled()
+    casts_itself = x.size(0) >= MANY and tiles_multiply(x.size(0) * weight.numel())
     alike = x.dtype == weight.dtype == bias.dtype
-    if _autocast_serves(x, weight, bias) and (not keeps_casts or tiles_multiply(x.size(0) * weight.numel())):
+    if _autocast_serves(x, weight, bias) and (casts_itself or not keeps_casts):
         x = x.to(torch.get_autocast_dtype("cpu"))
     elif not (_plain(x, weight, bias) or (alike and tiles_serve(x, weight, bias))):
         return torch.addmm(bias, x, weight)
@@ -191,9 +194,12 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
     return kernel.matmul(a, b, bias, dtype=torch.float32 if exact else torch.bfloat16)
 
 
-# An operation, so that a recomputation can keep its result.
+# Operations, so that a recomputation can keep a product, and whoever looks at operations sees these.
 torch.library.define("minigpt2::matmul", "(Tensor a, Tensor b, Tensor? bias, bool exact) -> Tensor")
+torch.library.define("minigpt2::column_sums", "(Tensor x) -> Tensor")
 torch.library.impl("minigpt2::matmul", "CPU", _matmul)
+torch.library.impl("minigpt2::column_sums", "CPU", kernel.column_sums)
+torch.library.register_fake("minigpt2::column_sums", lambda x: x.new_empty(x.size(1), dtype=lse_dtype(x.dtype)))
 torch.library.register_fake(
     "minigpt2::matmul",
     lambda a, b, _, exact: a.new_empty((a.size(0), b.size(1)), dtype=torch.float32 if exact else a.dtype),
@@ -292,9 +298,10 @@ class _Kept(torch.autograd.Function):
 
 def _column_sums(grad: Tensor) -> Tensor:
     """grad (n, m) -> (m,), by one pass that reads whole rows: PyTorch's takes twice as long in bfloat16."""
-    if _as_they_seem(grad) and not transformed() and kernel.serves(grad):
-        return kernel.column_sums(grad)
-    return grad.sum(0)
+    if not _as_they_seem(grad) or transformed() or not kernel.serves(grad):
+        return grad.sum(0)
+    sums: Tensor = torch.ops.minigpt2.column_sums(grad)
+    return sums
 
 
 class _Filled(torch.autograd.Function):

@@ -282,6 +282,7 @@ def test_matmul_of_nothing_and_what_it_refuses() -> None:
     assert kernel.matmul(a, b[:, :0]).shape == (4, 0)
     bias = randn(8)
     assert torch.equal(kernel.matmul(a[:, :0], b[:0], bias, dtype=torch.float32), bias.expand(4, 8))
+    assert torch.equal(kernel.matmul(a, b, torch._neg_view(bias)), kernel.matmul(a, b, -bias))
     for why, arguments, options in (
         ("do not fit together: (4, 32), (31, 8)", (a, b[:31]), {}),
         ("do not fit together: (32,), (32, 8)", (a[0], b), {}),
@@ -295,6 +296,7 @@ def test_matmul_of_nothing_and_what_it_refuses() -> None:
         ("out must be (4, 8), its rows contiguous, not (8, 4)", (a, b), {"out": randn(8, 4)}),
         ("out must be (4, 8), its rows contiguous, not (4, 8)", (a, b), {"out": randn(8, 4).t()}),
         ("rows of their own in memory, not strides (0, 1)", (a, b), {"out": bias.expand(4, 8)}),
+        ("out must be (4, 8), its rows contiguous", (a, b), {"out": torch._efficientzerotensor((4, 8))}),
     ):
         with pytest.raises((ValueError, TypeError), match=re.escape(why)):
             kernel.matmul(*arguments, **options)

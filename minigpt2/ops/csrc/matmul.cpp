@@ -196,13 +196,14 @@ void matmul(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, c
         for (int64_t column = column0; column < column1; column += COLUMNS) {
           const int columns = int(std::min<int64_t>(COLUMNS, N - column));
           Out* const to = out + column;
-          if constexpr (!exact)  // it is written, at last, faster
-            for (int64_t row = row0; row < std::min(row1, M); row++)
-              for (int j = 0; j < columns; j += SIDE) __builtin_prefetch(to + row * stride + j, 1, 2);
           for (int64_t i = 0; i < deep; i += near)
-            for (int64_t row = row0; row < row1; row += SIDE)
+            for (int64_t row = row0; row < row1; row += SIDE) {
+              if (!exact && i + near >= deep)  // what is written soon is asked for: that costs less then
+                for (int64_t r = row; r < std::min(row + SIDE, M); r++)
+                  for (int j = 0; j < columns; j += 64 / int(sizeof(Out))) __builtin_prefetch(to + r * stride + j, 1, 2);
               multiply_panels(sums + (row - row0) * COLUMNS, left + ((row - row0) / SIDE * deep + i) * TILE,
                               right + ((column - column0) / SIDE * deep + i * WIDE) * TILE, std::min(near, deep - i), i);
+            }
           for (int64_t row = row0; row < std::min(row1, M); row += SIDE)
             write(to + row * stride, stride, sums + (row - row0) * COLUMNS, bias && !k ? bias + column : nullptr,
                   int(std::min<int64_t>(SIDE, M - row)), columns, add || k);

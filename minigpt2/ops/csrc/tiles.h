@@ -27,7 +27,9 @@
 #include "operand.h"
 #include "simd.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+// Clang spelled them __AMXTILE__ and __AMXBF16__ at first.
+#if (defined(__AMX_TILE__) || defined(__AMXTILE__)) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && \
+    defined(__AVX512BF16__) && defined(__linux__)
 #define MINIGPT2_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -106,7 +108,7 @@ inline void tile_product(float*, ptrdiff_t, const Pair*, ptrdiff_t, const Pair*,
 template <class W, class F> void with_tiles(int D, const F& f) {
   if constexpr (TILES && DEPTH<W> == 2) {
     if (D % BLOCK == 0 && tiles_usable()) {
-      const Tiles shaped;
+      [[maybe_unused]] const Tiles shaped;
       return f(std::true_type{});
     }
   }
