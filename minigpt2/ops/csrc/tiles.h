@@ -3,13 +3,13 @@
 // pairs do a sixteenth of that in the time. How sums round is up to the unit, and the same in every run.
 //
 // There are eight such registers, and a product of 2 x 2 tiles of sums would read the fewest tiles from memory. But then
-// all eight are in use, and on the virtual Xeons that this was measured on loads and products do not overlap for most of
-// the time: billions of operations a second and thread, of products that read L1 and L2, in the slowest and the fastest
-// quarter of many short runs,
+// all eight are in use, and on the virtual Xeons that this was measured on loads and products do not overlap for a good
+// part of the time. Quartiles of many short runs, in billions of operations a second and thread
+// (tests/ops/tile_registers.cpp):
 //
 //   sums x registers in use  2 x 2, 8  2 x 2, 7  1 x 4, 6  1 x 3, 5  1 x 2, 4
-//   slowest quarter               589       819       954      1200      1183
-//   fastest quarter              2608      2603      2630      2490      2150
+//   first quartile                571       794       901       972      1016
+//   third quartile               2429      2473      2499      2290      2047
 //
 // What decides is probably whether the core's other thread, which may be another's machine, has tiles too: registers to
 // rename them to are few. So attention takes 1 x 2 and the products of training (matmul.cpp) 1 x 3.
