@@ -78,7 +78,8 @@ template <bool of_b, bool turned, class S>
 void copy_panels(const Factor& m, Pair* to, int64_t begin, int64_t end, int64_t k, int64_t first, int64_t last,
                  int64_t deep) {
   constexpr bool by_depth = of_b != turned;
-  constexpr int wide = of_b ? WIDE : 1, height = by_depth ? DEPTH_OF_TILE : SIDE, width = by_depth ? SIDE : DEPTH_OF_TILE;
+  constexpr int wide = of_b ? WIDE : 1;
+  constexpr int height = by_depth ? DEPTH_OF_TILE : SIDE, width = by_depth ? SIDE : DEPTH_OF_TILE;
   auto copy = [&](int64_t tile, int64_t i) {
     Pair* const at = to + ((tile / wide * deep + i) * wide + tile % wide) * TILE;
     const int64_t depth = k + i * DEPTH_OF_TILE, line = begin + tile * SIDE;
@@ -196,13 +197,14 @@ void matmul(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, c
         for (int64_t column = column0; column < column1; column += COLUMNS) {
           const int columns = int(std::min<int64_t>(COLUMNS, N - column));
           Out* const to = out + column;
+          const Pair* const panel = right + (column - column0) / SIDE * deep * TILE;
           for (int64_t i = 0; i < deep; i += near)
             for (int64_t row = row0; row < row1; row += SIDE) {
               if (!exact && i + near >= deep)  // what is written soon is asked for: that costs less then
                 for (int64_t r = row; r < std::min(row + SIDE, M); r++)
-                  for (int j = 0; j < columns; j += 64 / int(sizeof(Out))) __builtin_prefetch(to + r * stride + j, 1, 2);
+                  for (int j = 0; j < columns; j += 2 * SIDE) __builtin_prefetch(to + r * stride + j, 1, 2);
               multiply_panels(sums + (row - row0) * COLUMNS, left + ((row - row0) / SIDE * deep + i) * TILE,
-                              right + ((column - column0) / SIDE * deep + i * WIDE) * TILE, std::min(near, deep - i), i);
+                              panel + i * WIDE * TILE, std::min(near, deep - i), i);
             }
           for (int64_t row = row0; row < std::min(row1, M); row += SIDE)
             write(to + row * stride, stride, sums + (row - row0) * COLUMNS, bias && !k ? bias + column : nullptr,

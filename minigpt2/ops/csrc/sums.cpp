@@ -36,8 +36,8 @@ template <int R, class S, class A> void add_rows(A* sums, const S* x, int64_t st
 
 }  // namespace
 
-// out (columns), of the type of the arithmetic, = the sums over the rows of x (rows x columns). What is added up, and in
-// which order, depends on the number of rows alone.
+// out (columns), of the type of the arithmetic, = the sums over the rows of x (rows x columns). What is added up, and
+// in which order, depends on the number of rows alone.
 EXPORT int minigpt2_column_sums(int dtype, int64_t rows, int64_t columns, const void* x, int64_t stride, void* out) {
   return dispatch(dtype, [&]<class S, class A>() {
     const int64_t bands = (rows + BAND - 1) / BAND;

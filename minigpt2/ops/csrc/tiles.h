@@ -2,8 +2,8 @@
 // one instruction multiplies two, 16 x 16 pairs each, and adds the product to a third, of 16 x 16 floats. Vectors of
 // pairs do a sixteenth of that in the time. How sums round is up to the unit, and the same in every run.
 //
-// There are eight such registers, and a product of 2 x 2 tiles of sums would read the fewest tiles from memory. But then
-// all eight are in use, and on the virtual Xeons that this was measured on loads and products do not overlap for a good
+// There are eight such registers, and a product of 2 x 2 tiles of sums would read the fewest tiles from memory. But
+// then all eight are in use, and on the virtual Xeons that this was measured on loads and products do not overlap for a good
 // part of the time. Quartiles of many short runs, in billions of operations a second and thread
 // (tests/ops/tile_registers.cpp):
 //
