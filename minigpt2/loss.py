@@ -221,7 +221,7 @@ def _linear_cross_entropy(
             continue
         if want_hidden:
             product = kernel.matmul(operand, head, dtype=wide) if tiles else multiply(operand, head)
-            grad_hidden[chunk] = product.mul_(factor) if tiles else product * factor
+            grad_hidden[chunk] = product * factor
         if want_weight:
             # To scale the inputs (n, C) rather than d (n, V) saves a pass over the chunk.
             scaled = (inputs * factor).to(dtype)

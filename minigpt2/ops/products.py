@@ -8,7 +8,7 @@ that the processor has (AMX, AVX512_BF16, or float32's). Four cases on a CPU hav
   time (`minigpt2 bench step` says what each reaches). On processors without AVX-512 MKL was the faster one.
 - *bfloat16 on AMX.* The compiled kernel (csrc/matmul.cpp) reads float32 weights as they are, which saves their casts,
   and sums the gradients of weights in float32. It keeps five of the unit's eight tiles in use; with all of them, as
-  oneDNN has it, the virtual Xeon that this was measured on is at most times half as fast (csrc/tiles.h).
+  oneDNN has it, the virtual Xeon that this was measured on is half as fast most of the time (csrc/tiles.h).
 - *bfloat16 where the processor multiplies it otherwise.* torch.addmm first fills the product with the bias, for oneDNN
   to read again; oneDNN adds a bias itself. `minigpt2 bench step --precision bf16` says how much of a step the products
   by torch.mm would take.

@@ -3,7 +3,8 @@
 // Both factors are first copied into tiles, as the unit reads them, whichever way they lay before; that is also where
 // a float32 weight becomes bfloat16. All threads copy a piece of the smaller factor, which stays in the cache. Then
 // each takes strips of the other, copies one, and multiplies it with the whole piece: so the multiplications read no
-// memory beyond L2 but the piece, and of that 24 KiB from L1. What is added up, and in which order, depends on K alone.
+// memory beyond L2 but the piece, and of that 24 KiB from L1. What is added up, and in which order, depends on K alone,
+// and on whether the product is rounded: sums that are not are cut into pieces of K, which are added in memory.
 //
 //   a (M x K): panels of 16 rows, K / 32 tiles of 16 rows x 16 pairs
 //   b (K x N): panels of 48 columns, K / 32 times three tiles of 16 pairs x 16 columns

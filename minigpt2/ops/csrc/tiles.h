@@ -3,8 +3,8 @@
 // pairs do a sixteenth of that in the time. How sums round is up to the unit, and the same in every run.
 //
 // There are eight such registers, and a product of 2 x 2 tiles of sums would read the fewest tiles from memory. But
-// then all eight are in use, and on the virtual Xeons that this was measured on loads and products do not overlap for a good
-// part of the time. Quartiles of many short runs, in billions of operations a second and thread
+// then all eight are in use, and on the virtual Xeons that this was measured on loads and products do not overlap for a
+// good part of the time. Quartiles of many short runs, in billions of operations a second and thread
 // (tests/ops/tile_registers.cpp):
 //
 //   sums x registers in use  2 x 2, 8  2 x 2, 7  1 x 4, 6  1 x 3, 5  1 x 2, 4
