@@ -120,19 +120,15 @@ def backward_keeps_graph() -> bool:
 def hooked(*modules: nn.Module) -> bool:
     """Whether something is called with one of these modules when it is called, or instead of its own forward."""
     of_all = found(GLOBAL_HOOKS)
-    return (
-        of_all is None
-        or of_all()
-        or any(
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or "forward" in vars(m)
-            or vars(m).get("_compiled_call_impl") is not None  # of its own compile()
-            for m in modules
-        )
-    )
+    if of_all is None or of_all():
+        return True
+    for module in modules:
+        its = vars(module)  # in which modules keep all of it; as attributes they take four times as long
+        if its["_forward_hooks"] or its["_forward_pre_hooks"] or its["_backward_hooks"] or its["_backward_pre_hooks"]:
+            return True
+        if "forward" in its or its.get("_compiled_call_impl") is not None:  # of its own compile()
+            return True
+    return False
 
 
 def alias(tensor: Tensor) -> Tensor:

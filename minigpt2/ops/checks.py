@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "blocks_fit",
     "check_adamw",
+    "check_addend",
     "check_alike",
     "check_backward",
     "check_decode",
@@ -87,11 +87,8 @@ def blocks_fit(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> 
         and head_dim % 16 == 0 < head_dim <= MAX_HEAD_DIM
         and C % 32 == inner % 32 == 0 < inner
         and 0 <= past < room
-        and x.is_contiguous()
-        and all(
-            t.dtype is dtype and t.is_contiguous() and t.shape == shape
-            for t, shape in zip(tensors, itertools.cycle(shapes), strict=False)
-        )
+        and [t.shape for t in tensors] == [*shapes] * (len(tensors) // 14)
+        and all(t.dtype is dtype and t.is_cpu and in_memory(t) and t.is_contiguous() for t in (x, *tensors))
     )
 
 
@@ -127,6 +124,15 @@ def check_matmul(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None, 
         raise ValueError(f"out must be ({sizes[0]}, {sizes[3]}), its rows contiguous, not {tuple(out.shape)}")
     if out is not None and out.size(0) > 1 and out.stride(0) < out.size(1):
         raise ValueError(f"out must have rows of their own in memory, not strides {out.stride()}")
+
+
+def check_addend(a: Tensor, b: Tensor, addend: Tensor | None, into: torch.dtype, alpha: float) -> None:
+    """Raise ValueError unless the product a @ b, in the dtype `into`, can be multiplied by alpha and have an addend."""
+    if into != torch.bfloat16 and (addend is not None or alpha != 1):
+        raise ValueError(f"an addend or alpha is for a product in bfloat16, not in {into}")
+    shape = a.size(0), b.size(1)
+    if addend is not None and (addend.shape != shape or addend.dtype != torch.bfloat16):
+        raise ValueError(f"the addend must be bfloat16 {shape}, not {addend.dtype} {tuple(addend.shape)}")
 
 
 def check_alike(x: Tensor, other: Tensor | None, name: str) -> None:

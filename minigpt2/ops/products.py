@@ -30,12 +30,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minigpt2.ops import kernel
 from minigpt2.ops.checks import lse_dtype
 from minigpt2.torch_private import has_onednn, onednn_linear, onednn_weight_gradient, transformed
 
 __all__ = [
+    "TiledProducts",
     "add_transposed_product",
     "bfloat16_unit",
     "explain_products",
@@ -194,11 +196,35 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
     return kernel.matmul(a, b, bias, dtype=torch.float32 if exact else torch.bfloat16)
 
 
+def _matmul_add(addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    return kernel.matmul(a, b, addend=addend, alpha=alpha, beta=beta)
+
+
+class TiledProducts(TorchFunctionMode):
+    """Inside, products of bfloat16 matrices that others make are made by the compiled kernel, on AMX: those of
+    `torch.optim.Muon`, which are most of its time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.matmul and args[0].dim() == args[1].dim() == 2 and tiles_serve(*args):
+            return _by_tiles(*args)
+        if func is torch.addmm and bfloat16_serves(*args) and tiles_serve(*args[1:]):
+            addend, a, b = args
+            if addend.shape == (a.size(0), b.size(1)):
+                return torch.ops.minigpt2.matmul_add(addend, a, b, **kwargs)
+        return func(*args, **kwargs)
+
+
 # Operations, so that a recomputation can keep a product, and whoever looks at operations sees these.
 torch.library.define("minigpt2::matmul", "(Tensor a, Tensor b, Tensor? bias, bool exact) -> Tensor")
+torch.library.define(
+    "minigpt2::matmul_add", "(Tensor addend, Tensor a, Tensor b, *, float beta=1, float alpha=1) -> Tensor"
+)
 torch.library.define("minigpt2::column_sums", "(Tensor x) -> Tensor")
 torch.library.impl("minigpt2::matmul", "CPU", _matmul)
+torch.library.impl("minigpt2::matmul_add", "CPU", _matmul_add)
 torch.library.impl("minigpt2::column_sums", "CPU", kernel.column_sums)
+torch.library.register_fake("minigpt2::matmul_add", lambda addend, *_, **__: addend.new_empty(addend.shape))
 torch.library.register_fake("minigpt2::column_sums", lambda x: x.new_empty(x.size(1), dtype=lse_dtype(x.dtype)))
 torch.library.register_fake(
     "minigpt2::matmul",

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 from minigpt2.model import GPT2
 from minigpt2.ops.adamw import DTYPES, Step, adamw_step
 from minigpt2.ops.kernel import adamw_blocks
-from minigpt2.ops.products import bfloat16_unit
+from minigpt2.ops.products import TiledProducts, bfloat16_unit
 from minigpt2.torch_private import muon
 from minigpt2.training.shards import first_row, full_tensor, local_tensor, sharded
 
@@ -141,20 +141,21 @@ class BlockMuon(Stepper):
         def pieces(tensors: Iterable[Any]) -> list[Tensor]:
             return [piece for tensor in tensors for piece in tensor.mT.chunk(group["matrices"])]
 
-        muon()(
-            pieces(moved),
-            pieces(p.grad for p in moved),
-            pieces(self.state[p]["momentum_buffer"] for p in moved),
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=0.95,
-            nesterov=True,
-            ns_coefficients=(3.4445, -4.7750, 2.0315),
-            ns_steps=5,
-            eps=1e-7,
-            adjust_lr_fn=None,
-            has_complex=False,
-        )
+        with TiledProducts():
+            muon()(
+                pieces(moved),
+                pieces(p.grad for p in moved),
+                pieces(self.state[p]["momentum_buffer"] for p in moved),
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                momentum=0.95,
+                nesterov=True,
+                ns_coefficients=(3.4445, -4.7750, 2.0315),
+                ns_steps=5,
+                eps=1e-7,
+                adjust_lr_fn=None,
+                has_complex=False,
+            )
 
 
 class Optimizers:

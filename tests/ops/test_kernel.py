@@ -248,6 +248,21 @@ def test_matmul(M: int, N: int, K: int, a_turned: bool, b_turned: bool) -> None:
                 assert torch.equal(room[:, N:], around[:, N:])
 
 
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (17, 49, 33), (300, 100, 70), (30, 900, 40)])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.usefixtures("needs_tiles")
+def test_matmul_with_an_addend(M: int, N: int, K: int, turned: bool) -> None:
+    a, b, bias = randn(M, K).bfloat16(), randn(K, N), randn(N)
+    addend = (randn(N, M).t() if turned else randn(M, N)).bfloat16()
+    for alpha, beta, added in ((1.0, 1.0, None), (-2.5, 0.3, bias), (0.7, 0.0, None)):
+        exact = alpha * exact_product(a, b) + beta * addend.double() + (0 if added is None else added)
+        found = kernel.matmul(a, b, added, addend=addend, alpha=alpha, beta=beta)
+        assert ((found - exact).abs() <= exact.abs() * 2**-8 + 1e-5 * K**0.5).all()  # rounded once
+        without = exact - beta * addend.double()
+        found = kernel.matmul(a, b, added, alpha=alpha)
+        assert ((found - without).abs() <= without.abs() * 2**-8 + 1e-5 * K**0.5).all()
+
+
 @pytest.mark.usefixtures("needs_tiles")
 def test_neither_threads_nor_layouts_nor_other_rows_and_columns_change_a_bit_of_matmul(
     threads: Callable[[int], None],
@@ -297,6 +312,10 @@ def test_matmul_of_nothing_and_what_it_refuses() -> None:
         ("out must be (4, 8), its rows contiguous, not (4, 8)", (a, b), {"out": randn(8, 4).t()}),
         ("rows of their own in memory, not strides (0, 1)", (a, b), {"out": bias.expand(4, 8)}),
         ("out must be (4, 8), its rows contiguous", (a, b), {"out": torch._efficientzerotensor((4, 8))}),
+        ("for a product in bfloat16, not in torch.float32", (a, b), {"dtype": torch.float32, "alpha": 2.0}),
+        ("for a product in bfloat16, not in torch.float32", (a, b), {"out": randn(4, 8), "addend": randn(4, 8)}),
+        ("must be bfloat16 (4, 8), not torch.float32 (4, 8)", (a, b), {"addend": randn(4, 8)}),
+        ("must be bfloat16 (4, 8), not torch.bfloat16 (8,)", (a, b), {"addend": bias.bfloat16()}),
     ):
         with pytest.raises((ValueError, TypeError), match=re.escape(why)):
             kernel.matmul(*arguments, **options)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from minigpt2 import GPT2, GPT2Config
 from minigpt2.loss import linear_cross_entropy
 from minigpt2.ops import kernel, products
-from minigpt2.ops.products import add_transposed_product, multiply, project, project_transposed, weight_gradient
+from minigpt2.ops.products import (
+    TiledProducts,
+    add_transposed_product,
+    multiply,
+    project,
+    project_transposed,
+    weight_gradient,
+)
+from minigpt2.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("needs_the_kernel")
 
@@ -397,6 +405,42 @@ def test_all_products_of_a_training_step_are_by_tiles(tiles: None, monkeypatch: 
     monkeypatch.setattr(products, "_bfloat16_unit_to_use", lambda: "amx_bf16")
     gradients(torch.bfloat16, False)
     assert len(shapes) == 2 * (3 * 4 * 2 + 3)
+
+
+def test_products_of_others_by_tiles(tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of bfloat16 matrices, as torch.optim.Muon's are, and no others."""
+    counts, matmul = [], kernel.matmul
+    monkeypatch.setattr(kernel, "matmul", lambda *a, **o: counts.append(1) or matmul(*a, **o))
+    a, b, c = randn(40, 24).bfloat16(), randn(24, 56, seed=1).bfloat16(), randn(40, 56, seed=2).bfloat16()
+    exact = a.double() @ b.double()
+    with TiledProducts():
+        served = a @ b, torch.addmm(c, a, b), torch.addmm(c, a, b, beta=0.5, alpha=-3)
+        assert len(counts) == 3
+        others = torch.addmm(c[0], a, b), a.float() @ b.float(), a[None] @ b, a @ b[:, 0]
+        assert len(counts) == 3
+    for found, truth in zip(served, (exact, exact + c, -3 * exact + 0.5 * c.double()), strict=True):
+        assert ((found - truth).abs() <= truth.abs() * 2**-8 + 1e-5).all()
+    plain = torch.addmm(c[0], a, b), a.float() @ b.float(), a[None] @ b, a @ b[:, 0]
+    assert all(torch.equal(x, y) for x, y in zip(others, plain, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
+def test_all_products_of_muon_are_by_tiles(tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step differs from that by plain products no more than bfloat16 explains."""
+    steps = []
+    for unit in ("amx_bf16", None):
+        monkeypatch.setattr(products, "_bfloat16_unit_to_use", lambda unit=unit: unit)
+        torch.manual_seed(0)
+        model = GPT2(GPT2Config(vocab_size=31, n_positions=8, n_embd=32, n_layer=1, n_head=2))
+        before = [p.detach().clone() for p in model.h.parameters()]
+        model.loss(torch.arange(8)[None], torch.arange(1, 9)[None]).backward()
+        recipe = {"lr": 0.02, "embedding_lr": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.95)}
+        with CountOperations() as mode:
+            make_optimizer(model, "muon", **recipe).step()
+        by_tiles, others = (("matmul", "matmul_add"), ("mm", "addmm"))[:: 1 if unit else -1]
+        assert [mode.counts[name] for name in by_tiles + others] == [30, 60, 0, 0]  # of six matrices
+        steps.append(torch.cat([(p - q).flatten() for p, q in zip(model.h.parameters(), before, strict=True)]))
+    assert error(steps[0], steps[1].double()) <= 0.02
 
 
 @pytest.mark.parametrize("chunk_size", [None, 7])

@@ -130,23 +130,41 @@ INLINE void multiply_panels(float* sums, const Pair* a, const Pair* b, int64_t d
   std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
-// to (rows x columns, at most 16 x 48) = or += the sums, and a bias if there is one.
-INLINE void write(BFloat16* to, int64_t stride, const float* sums, const float* bias, int rows, int columns, bool) {
-  float padded[COLUMNS] = {};
-  if (bias) std::memcpy(padded, bias, sizeof(float) * columns);
-  const Vec<float> first = load(padded), second = load(padded + SIDE), third = load(padded + 2 * SIDE);
+// What a product has beside it: out = alpha a b + bias + beta addend, the last two if they are there. What is exact has
+// no addend and an alpha of 1.
+struct Beside {
+  const float* bias;
+  const BFloat16* addend;
+  int64_t stride;
+  float alpha, beta;
+
+  Beside from(int64_t row, int64_t column) const {
+    return {bias ? bias + column : nullptr, addend ? addend + row * stride + column : nullptr, stride, alpha, beta};
+  }
+};
+
+// to (rows x columns, at most 16 x 48) = or += the sums, and what is beside them.
+INLINE void write(BFloat16* to, int64_t stride, const float* sums, Beside with, int rows, int columns, bool) {
+  float bias[COLUMNS] = {};
+  if (with.bias) std::memcpy(bias, with.bias, sizeof(float) * columns);
   for (int i = 0; i < rows; i++, to += stride, sums += COLUMNS) {
-    BFloat16 row[COLUMNS];
-    const auto left = _mm512_cvtne2ps_pbh((__m512)(load(sums + SIDE) + second), (__m512)(load(sums) + first));
-    const auto right = _mm512_cvtneps_pbh((__m512)(load(sums + 2 * SIDE) + third));
+    BFloat16 row[COLUMNS], more[COLUMNS] = {};
+    Vec<float> sum[WIDE];
+    UNROLL for (int j = 0; j < WIDE; j++) sum[j] = load(sums + j * SIDE) * with.alpha + load(bias + j * SIDE);
+    if (with.addend) {
+      std::memcpy(more, with.addend + i * with.stride, sizeof(BFloat16) * columns);
+      UNROLL for (int j = 0; j < WIDE; j++) sum[j] += load_as<float>(more + j * SIDE) * with.beta;
+    }
+    const auto left = _mm512_cvtne2ps_pbh((__m512)sum[1], (__m512)sum[0]);
+    const auto right = _mm512_cvtneps_pbh((__m512)sum[2]);
     std::memcpy(columns == COLUMNS ? to : row, &left, sizeof left);
     std::memcpy((columns == COLUMNS ? to : row) + 2 * SIDE, &right, sizeof right);
     if (columns != COLUMNS) std::memcpy(to, row, sizeof(BFloat16) * columns);
   }
 }
-INLINE void write(float* to, int64_t stride, const float* sums, const float* bias, int rows, int columns, bool add) {
+INLINE void write(float* to, int64_t stride, const float* sums, Beside with, int rows, int columns, bool add) {
   for (int i = 0; i < rows; i++, to += stride, sums += COLUMNS)
-    for (int j = 0; j < columns; j++) to[j] = (add ? to[j] : 0) + (bias ? bias[j] : 0) + sums[j];
+    for (int j = 0; j < columns; j++) to[j] = (add ? to[j] : 0) + (with.bias ? with.bias[j] : 0) + sums[j];
 }
 
 template <bool of_b, bool turned, class S> Factor factor(const void* at, int64_t stride, int64_t lines, int64_t K) {
@@ -157,7 +175,7 @@ template <bool of_b, bool turned, class S> Factor factor(const void* at, int64_t
 }
 
 template <class Out>
-void matmul(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, const float* bias, Out* out,
+void matmul(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, const Beside& beside, Out* out,
             int64_t stride, bool add) {
   constexpr bool exact = std::is_same_v<Out, float>;  // what is not would round the sum of each piece
   const int64_t pieces = exact ? (K + DEEPEST - 1) / DEEPEST : 1, depth = up((K + pieces - 1) / pieces, DEPTH_OF_TILE);
@@ -173,6 +191,7 @@ void matmul(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, c
   for (int64_t k = 0; k < K; k += depth)
     for (int64_t begin = 0; begin < y.lines; begin += width) {
       const int64_t end = std::min(begin + width, y.lines), panels = (end - begin) / y.unit;
+      const Beside with{k ? nullptr : beside.bias, beside.addend, beside.stride, beside.alpha, beside.beta};
       const int64_t deep = (std::min(depth, K - k) + DEPTH_OF_TILE - 1) / DEPTH_OF_TILE;
       for_each_task(y.by_depth ? deep : panels, [&](int64_t task) {
         if (y.by_depth) return y.copy(y, piece, begin, end, k, task, task + 1, deep);
@@ -203,12 +222,15 @@ void matmul(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, c
             for (int64_t row = row0; row < row1; row += SIDE) {
               if (!exact && i + near >= deep)  // what is written soon is asked for: that costs less then
                 for (int64_t r = row; r < std::min(row + SIDE, M); r++)
-                  for (int j = 0; j < columns; j += 2 * SIDE) __builtin_prefetch(to + r * stride + j, 1, 2);
+                  for (int j = 0; j < columns; j += 2 * SIDE) {
+                    __builtin_prefetch(to + r * stride + j, 1, 2);
+                    if (with.addend) __builtin_prefetch(with.from(r, column + j).addend, 0, 2);
+                  }
               multiply_panels(sums + (row - row0) * COLUMNS, left + ((row - row0) / SIDE * deep + i) * TILE,
                               panel + i * WIDE * TILE, std::min(near, deep - i), i);
             }
           for (int64_t row = row0; row < std::min(row1, M); row += SIDE)
-            write(to + row * stride, stride, sums + (row - row0) * COLUMNS, bias && !k ? bias + column : nullptr,
+            write(to + row * stride, stride, sums + (row - row0) * COLUMNS, with.from(row, column),
                   int(std::min<int64_t>(SIDE, M - row)), columns, add || k);
         }
       });
@@ -222,11 +244,12 @@ void matmul(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, c
 // Whether there is the following here.
 EXPORT int minigpt2_multiplies_by_tiles() { return TILES && tiles_usable(); }
 
-// out (M x N), float32 or, if not `exact`, bfloat16, = a b, or += it with `add`, which asks for `exact`; and a bias (N)
-// if there is one. a (M x K), bfloat16, and b (K x N), float32 if `wide`, else bfloat16, or what is turned lies as its
-// transpose. None is empty.
+// out (M x N), float32 or, if not `exact`, bfloat16, = alpha a b, or += it with `add`, which asks for `exact`; and a bias
+// (N) and beta times an addend (M x N), if there are any: see Beside. a (M x K), bfloat16, and b (K x N), float32 if
+// `wide`, else bfloat16, or what is turned lies as its transpose. None is empty.
 EXPORT int minigpt2_matmul(int64_t M, int64_t N, int64_t K, const BFloat16* a, int64_t a_stride, int a_turned,
-                           const void* b, int64_t b_stride, int b_turned, int wide, const float* bias, void* out,
+                           const void* b, int64_t b_stride, int b_turned, int wide, const float* bias,
+                           const BFloat16* addend, int64_t addend_stride, double alpha, double beta, void* out,
                            int64_t stride, int exact, int add) {
 #ifdef MINIGPT2_TILES
   try {
@@ -234,8 +257,9 @@ EXPORT int minigpt2_matmul(int64_t M, int64_t N, int64_t K, const BFloat16* a, i
     const auto narrow_b = b_turned ? factor<true, true, BFloat16> : factor<true, false, BFloat16>;
     const auto wide_b = b_turned ? factor<true, true, float> : factor<true, false, float>;
     const Factor right = (wide ? wide_b : narrow_b)(b, b_stride, N, K);
-    if (exact) matmul(M, N, K, left, right, bias, static_cast<float*>(out), stride, add);
-    else matmul(M, N, K, left, right, bias, static_cast<BFloat16*>(out), stride, false);
+    const Beside beside{bias, addend, addend_stride, float(alpha), float(beta)};
+    if (exact) matmul(M, N, K, left, right, beside, static_cast<float*>(out), stride, add);
+    else matmul(M, N, K, left, right, beside, static_cast<BFloat16*>(out), stride, false);
     return DONE;
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
