@@ -206,11 +206,12 @@ class TiledProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.matmul and args[0].dim() == args[1].dim() == 2 and tiles_serve(*args):
-            return _by_tiles(*args)
-        if func is torch.addmm and bfloat16_serves(*args) and tiles_serve(*args[1:]):
+        if func in (Tensor.matmul, torch.matmul, torch.mm) and not kwargs and args[0].dim() == args[1].dim() == 2:
+            a, b = args
+            return _by_tiles(a, b) if tiles_serve(a, b) else func(a, b)
+        if func is torch.addmm and kwargs.keys() <= {"alpha", "beta"} and bfloat16_serves(*args):
             addend, a, b = args
-            if addend.shape == (a.size(0), b.size(1)):
+            if tiles_serve(a, b) and addend.shape == (a.size(0), b.size(1)):
                 return torch.ops.minigpt2.matmul_add(addend, a, b, **kwargs)
         return func(*args, **kwargs)
 

@@ -417,6 +417,7 @@ def test_products_of_others_by_tiles(tiles: None, monkeypatch: pytest.MonkeyPatc
         served = a @ b, torch.addmm(c, a, b), torch.addmm(c, a, b, beta=0.5, alpha=-3)
         assert len(counts) == 3
         others = torch.addmm(c[0], a, b), a.float() @ b.float(), a[None] @ b, a @ b[:, 0]
+        assert torch.equal(torch.mm(a, b, out=torch.empty_like(c)), torch.addmm(c, a, b, beta=0, out=c.clone()))
         assert len(counts) == 3
     for found, truth in zip(served, (exact, exact + c, -3 * exact + 0.5 * c.double()), strict=True):
         assert ((found - truth).abs() <= truth.abs() * 2**-8 + 1e-5).all()

@@ -99,13 +99,15 @@ def test_recipes_follow_the_model_and_what_is_given() -> None:
         return found.lr, found.embedding_lr, found.warmup, found.weight_decay
 
     assert recipe(optimizer="adamw", max_steps=300) == (1e-3, 3e-3, 30, 0.1)
-    assert recipe(optimizer="adamw", n_embd=768) == (0.192 / 768, 3e-3, 15, 0.1)
+    assert recipe(optimizer="adamw", n_embd=768) == (0.192 / 768, 3e-3, 30, 0.1)
+    assert [recipe(optimizer="adamw", max_steps=n)[2] for n in (1, 3, 40, 100, 300, 1000)] == [1, 1, 12, 30, 30, 100]
+    assert [recipe(optimizer="muon", max_steps=n)[2] for n in (1, 3, 40, 100, 300, 1000)] == [1, 1, 4, 10, 30, 100]
     # A quarter of the tokens in a step, half of the rate; more than were measured, no more.
-    assert recipe(optimizer="adamw", batch=2) == recipe(optimizer="adamw", length=64) == (5e-4, 3e-3, 15, 0.1)
+    assert recipe(optimizer="adamw", batch=2) == recipe(optimizer="adamw", length=64) == (5e-4, 3e-3, 30, 0.1)
     assert (
-        recipe(optimizer="adamw", batch=2, accumulate=4) == recipe(optimizer="adamw", batch=64) == (1e-3, 3e-3, 15, 0.1)
+        recipe(optimizer="adamw", batch=2, accumulate=4) == recipe(optimizer="adamw", batch=64) == (1e-3, 3e-3, 30, 0.1)
     )
-    assert recipe(optimizer="adamw", lr=5e-4) == (5e-4, 5e-4, 15, 0.1)
+    assert recipe(optimizer="adamw", lr=5e-4) == (5e-4, 5e-4, 30, 0.1)
     assert recipe(optimizer="muon", n_embd=192, weight_decay=0.0) == (0.02, 6e-3, 15, 0.0)
     assert recipe(optimizer="muon", n_embd=768, weight_decay=0.0) == (0.01, 6e-3, 15, 0.0)
     assert recipe(optimizer="muon", n_embd=128, weight_decay=0.0) == (0.0245, 6e-3, 15, 0.0)

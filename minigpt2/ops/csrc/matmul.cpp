@@ -143,17 +143,21 @@ struct Beside {
   }
 };
 
-// to (rows x columns, at most 16 x 48) = or += the sums, and what is beside them.
-INLINE void write(BFloat16* to, int64_t stride, const float* sums, Beside with, int rows, int columns, bool) {
-  float bias[COLUMNS] = {};
-  if (with.bias) std::memcpy(bias, with.bias, sizeof(float) * columns);
+// to (rows x columns, at most 16 x 48) = or += the sums, and what is beside them; `more` than a bias costs time.
+template <bool more>
+INLINE void write_rows(BFloat16* to, int64_t stride, const float* sums, const Beside& with, int rows, int columns) {
+  float padded[COLUMNS] = {};
+  if (with.bias) std::memcpy(padded, with.bias, sizeof(float) * columns);
+  const Vec<float> bias[WIDE] = {load(padded), load(padded + SIDE), load(padded + 2 * SIDE)};
   for (int i = 0; i < rows; i++, to += stride, sums += COLUMNS) {
-    BFloat16 row[COLUMNS], more[COLUMNS] = {};
+    BFloat16 row[COLUMNS];
     Vec<float> sum[WIDE];
-    UNROLL for (int j = 0; j < WIDE; j++) sum[j] = load(sums + j * SIDE) * with.alpha + load(bias + j * SIDE);
-    if (with.addend) {
-      std::memcpy(more, with.addend + i * with.stride, sizeof(BFloat16) * columns);
-      UNROLL for (int j = 0; j < WIDE; j++) sum[j] += load_as<float>(more + j * SIDE) * with.beta;
+    UNROLL for (int j = 0; j < WIDE; j++)
+      sum[j] = (more ? load(sums + j * SIDE) * with.alpha : load(sums + j * SIDE)) + bias[j];
+    if (more && with.addend) {
+      BFloat16 addend[COLUMNS] = {};
+      std::memcpy(addend, with.addend + i * with.stride, sizeof(BFloat16) * columns);
+      UNROLL for (int j = 0; j < WIDE; j++) sum[j] += load_as<float>(addend + j * SIDE) * with.beta;
     }
     const auto left = _mm512_cvtne2ps_pbh((__m512)sum[1], (__m512)sum[0]);
     const auto right = _mm512_cvtneps_pbh((__m512)sum[2]);
@@ -162,7 +166,11 @@ INLINE void write(BFloat16* to, int64_t stride, const float* sums, Beside with, 
     if (columns != COLUMNS) std::memcpy(to, row, sizeof(BFloat16) * columns);
   }
 }
-INLINE void write(float* to, int64_t stride, const float* sums, Beside with, int rows, int columns, bool add) {
+INLINE void write(BFloat16* to, int64_t stride, const float* sums, const Beside& with, int rows, int columns, bool) {
+  if (with.addend || with.alpha != 1) write_rows<true>(to, stride, sums, with, rows, columns);
+  else write_rows<false>(to, stride, sums, with, rows, columns);
+}
+INLINE void write(float* to, int64_t stride, const float* sums, const Beside& with, int rows, int columns, bool add) {
   for (int i = 0; i < rows; i++, to += stride, sums += COLUMNS)
     for (int j = 0; j < columns; j++) to[j] = (add ? to[j] : 0) + (with.bias ? with.bias[j] : 0) + sums[j];
 }
@@ -222,10 +230,7 @@ void matmul(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, c
             for (int64_t row = row0; row < row1; row += SIDE) {
               if (!exact && i + near >= deep)  // what is written soon is asked for: that costs less then
                 for (int64_t r = row; r < std::min(row + SIDE, M); r++)
-                  for (int j = 0; j < columns; j += 2 * SIDE) {
-                    __builtin_prefetch(to + r * stride + j, 1, 2);
-                    if (with.addend) __builtin_prefetch(with.from(r, column + j).addend, 0, 2);
-                  }
+                  for (int j = 0; j < columns; j += 2 * SIDE) __builtin_prefetch(to + r * stride + j, 1, 2);
               multiply_panels(sums + (row - row0) * COLUMNS, left + ((row - row0) / SIDE * deep + i) * TILE,
                               panel + i * WIDE * TILE, std::min(near, deep - i), i);
             }
