@@ -51,6 +51,7 @@ def decode_blocks(
     n_head = others[0][0]
     if others != [(n_head, True, gelu, past)] * len(others) or not untouched(*tensors):
         return None
+    tensors = [t.detach() for t in tensors]  # they hold the memory that is read, whatever other threads do to the model
     if not kernel.serves_blocks(x, tensors, n_head, past):
         return None
     y = kernel.decode_blocks(x, tensors, n_head, past, numbers)

@@ -62,7 +62,7 @@ FEW = 8
 ADAMW_BLOCK = 64
 """Elements of a row that have one scale in `adamw`."""
 
-_SOURCES = tuple(sorted(path.name for path in build.CSRC.glob("*.cpp") if path.stem != "allocator"))
+_SOURCES = tuple(sorted(path.name for path in build.CSRC.glob("[a-z]*.cpp") if path.stem != "allocator"))
 
 
 @functools.cache
@@ -149,7 +149,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
 def serves_blocks(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> bool:
     """Whether these are what `decode_blocks` takes."""
     return (
-        untouched(x, *tensors)
+        not torch.is_grad_enabled()
+        and untouched(x, *tensors)
         and blocks_fit(x, tensors, n_head, past)
         and 0 < x.size(0) <= FEW
         and not torch.is_autocast_enabled("cpu")
@@ -167,12 +168,10 @@ def decode_blocks(
     B, _, room, D = tensors[-1].shape
     out = torch.empty_like(x)
     sizes = (B, past + 1, n_head, D, tensors[9].size(0), room, len(numbers))
-    held = [t.untyped_storage() for t in tensors]  # whatever other threads do to the model
     places = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     constants = [number for scale, *eps in numbers for number in (checked_scale(scale, D), *eps)]
     places_and_numbers = places, (ctypes.c_double * len(constants))(*constants)
     _call("decode_blocks", x.dtype, *sizes, *places_and_numbers, x.data_ptr(), out.data_ptr())
-    del held
     return out
 
 
@@ -232,8 +231,8 @@ def matmul(
 ) -> Tensor:
     """alpha a @ b, and a bias if there is one, on AMX: a (M, K), bfloat16, b (K, N), bfloat16 or float32, which is
     rounded to bfloat16, bias (N,) -> (M, N), float32 or rounded to bfloat16: in dtype, or in `out`, to which it can be
-    added if that is float32. With an addend (M, N), for what is bfloat16 throughout: + beta addend. Sums are float32.
-    Raises RuntimeError where there is no AMX."""
+    added if that is float32. An alpha other than 1, and an addend (M, N), bfloat16, of which beta times is added, are
+    for a product in bfloat16. Sums are float32. Raises RuntimeError where there is no AMX."""
     if not tiles():
         raise RuntimeError("this processor has no AMX, or the kernel was not compiled for it")
     check_matmul(a, b, bias, out, dtype, add)
@@ -244,7 +243,7 @@ def matmul(
         a, b = a.new_zeros((M, 1)), b.new_zeros((1, N))
     a, b = (t if 1 in t.stride() and in_memory(t) else t.clone(memory_format=torch.contiguous_format) for t in (a, b))
     bias = None if bias is None else bias.detach().float().clone(memory_format=torch.contiguous_format)
-    addend = None if addend is None else rows(_checked(addend)[0])
+    addend = None if addend is None or not beta else rows(_checked(addend)[0])
     left, right = ((t.data_ptr(), t.stride(turned), turned) for t in (a, b) for turned in [int(t.stride(1) != 1)])
     beside = (None, 0) if addend is None else (addend.data_ptr(), addend.stride(0))
     places = (None if bias is None else bias.data_ptr(), *beside, alpha, beta, out.data_ptr(), out.stride(0))
@@ -374,7 +373,7 @@ def _functions() -> dict[str, Any]:
     strided: list[Any] = [pointer, integer, integer]
     cached = [*strided, integer]
     matrix: list[Any] = [pointer, integer, ctypes.c_int]  # and whether it is turned
-    beside: list[Any] = [pointer, pointer, integer, number, number]  # bias, addend, alpha and beta
+    beside: list[Any] = [pointer, pointer, integer, number, number]  # bias, addend and its stride, alpha, beta
     arguments = {
         # bytes of a moment, rows, columns, ..., the numbers of the step, seed and first row
         "adamw": [ctypes.c_int, integer, integer, *[pointer] * 7, ctypes.c_uint32, integer],

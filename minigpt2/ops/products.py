@@ -201,19 +201,24 @@ def _matmul_add(addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alph
 
 
 class TiledProducts(TorchFunctionMode):
-    """Inside, products of bfloat16 matrices that others make are made by the compiled kernel, on AMX: those of
-    `torch.optim.Muon`, which are most of its time."""
+    """Inside, products of bfloat16 matrices that others make are made by the compiled kernel, on AMX, if no gradient is
+    asked for: those of `torch.optim.Muon`, which are most of its time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.matmul, torch.matmul, torch.mm) and not kwargs and args[0].dim() == args[1].dim() == 2:
-            a, b = args
-            return _by_tiles(a, b) if tiles_serve(a, b) else func(a, b)
-        if func is torch.addmm and kwargs.keys() <= {"alpha", "beta"} and bfloat16_serves(*args):
-            addend, a, b = args
-            if tiles_serve(a, b) and addend.shape == (a.size(0), b.size(1)):
-                return torch.ops.minigpt2.matmul_add(addend, a, b, **kwargs)
+        known = _PRODUCTS.get(func) == len(args) and all(type(t) is Tensor and t.dim() == 2 for t in args)
+        if known and kwargs.keys() <= {"alpha", "beta"} and not torch.is_grad_enabled() and bfloat16_serves(*args):
+            *addend, a, b = args
+            if a.size(1) == b.size(0) and tiles_serve(a, b):
+                if not addend and not kwargs:
+                    return _by_tiles(a, b)
+                if addend and addend[0].shape == (a.size(0), b.size(1)):
+                    return torch.ops.minigpt2.matmul_add(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+_PRODUCTS: dict[Any, int] = {torch.matmul: 2, torch.mm: 2, Tensor.matmul: 2, torch.addmm: 3}
+"""What TiledProducts serves, and how many matrices each takes."""
 
 
 # Operations, so that a recomputation can keep a product, and whoever looks at operations sees these.

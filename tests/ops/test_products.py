@@ -413,12 +413,19 @@ def test_products_of_others_by_tiles(tiles: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernel, "matmul", lambda *a, **o: counts.append(1) or matmul(*a, **o))
     a, b, c = randn(40, 24).bfloat16(), randn(24, 56, seed=1).bfloat16(), randn(40, 56, seed=2).bfloat16()
     exact = a.double() @ b.double()
-    with TiledProducts():
+    with torch.no_grad(), TiledProducts():
         served = a @ b, torch.addmm(c, a, b), torch.addmm(c, a, b, beta=0.5, alpha=-3)
         assert len(counts) == 3
         others = torch.addmm(c[0], a, b), a.float() @ b.float(), a[None] @ b, a @ b[:, 0]
         assert torch.equal(torch.mm(a, b, out=torch.empty_like(c)), torch.addmm(c, a, b, beta=0, out=c.clone()))
+        for refused in (lambda: a @ b.float(), lambda: a @ a):
+            with pytest.raises(RuntimeError):
+                refused()
+        with torch.enable_grad():
+            assert torch.autograd.grad((a.requires_grad_() @ b).sum(), a)[0].any()
         assert len(counts) == 3
+        assert torch.addmm(torch.full_like(c, torch.nan), a, b, beta=0).isfinite().all()  # as torch.addmm has it
+        assert len(counts) == 4
     for found, truth in zip(served, (exact, exact + c, -3 * exact + 0.5 * c.double()), strict=True):
         assert ((found - truth).abs() <= truth.abs() * 2**-8 + 1e-5).all()
     plain = torch.addmm(c[0], a, b), a.float() @ b.float(), a[None] @ b, a @ b[:, 0]
