@@ -123,7 +123,7 @@ def hooked(*modules: nn.Module) -> bool:
     if of_all is None or of_all():
         return True
     for module in modules:
-        its = vars(module)  # in which modules keep all of it; as attributes they take four times as long
+        its = vars(module)  # in which modules keep all of it; as attributes they take twice as long
         if its["_forward_hooks"] or its["_forward_pre_hooks"] or its["_backward_hooks"] or its["_backward_pre_hooks"]:
             return True
         if "forward" in its or its.get("_compiled_call_impl") is not None:  # of its own compile()
