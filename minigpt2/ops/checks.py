@@ -88,7 +88,7 @@ def blocks_fit(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> 
         and C % 32 == inner % 32 == 0 < inner
         and 0 <= past < room
         and [t.shape for t in tensors] == [*shapes] * (len(tensors) // 14)
-        and all(t.dtype is dtype and t.is_cpu and in_memory(t) and t.is_contiguous() for t in (x, *tensors))
+        and all(t.dtype is dtype and t.is_contiguous() for t in (x, *tensors))
     )
 
 

@@ -149,8 +149,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
 def serves_blocks(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> bool:
     """Whether these are what `decode_blocks` takes."""
     return (
-        not torch.is_grad_enabled()
-        and untouched(x, *tensors)
+        direct(x, *tensors)
         and blocks_fit(x, tensors, n_head, past)
         and 0 < x.size(0) <= FEW
         and not torch.is_autocast_enabled("cpu")

@@ -192,8 +192,8 @@ class TrainConfig(TextOptions):
         with the root of the tokens in a step, as in Malladi et al. 2022 (arXiv:2205.10287), below the 2048 that it was
         measured with; more were not, and raise it no further. That of Muon falls with the root of the width, which fits
         the best of five rates at five widths and has no other source. Those of embeddings and vectors stay. AdamW warms
-        up for 30 steps also where that is more than a tenth: of 100 steps at 8 x 384 it gave 5.45 instead of 5.62, of
-        40 at 12 x 768, 12 of them warm-up, 6.17 instead of 6.36, and at 4 x 128 nothing (one seed). At 6 blocks
+        up for 30 steps, or three tenths of fewer than 100: of 100 at 8 x 384 that gave 5.45 where a tenth gave 5.62, of
+        40 at 12 x 768 6.17 where it gave 6.36, at 4 x 128 nothing (`bench learning --warmup`, one seed). At 6 blocks
         of width 192, 300 steps of 8 x 256 tokens of Shakespeare, a validation loss of 4.98 came with AdamW and 4.45
         with Muon in 1.03 of the time (minigpt2/bench/README.md has the commands and the sweeps), and 4.52 with Muon and
         3e-3 for the embeddings (one seed).
