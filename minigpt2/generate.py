@@ -7,7 +7,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from minigpt2.config import GPT2Config
 from minigpt2.inputs import check_input
+from minigpt2.torch_private import hooked
 
 if TYPE_CHECKING:
     from minigpt2.model import GPT2
+    from minigpt2.ops import kernel
     from minigpt2.tokenizer import Tokenizer
 
 __all__ = [
@@ -86,6 +88,10 @@ class KVCache:
         self.model_shape = (config.n_layer, config.n_head, config.head_dim)
         shape = (batch_size, config.n_head, max_length, config.head_dim)
         self.layers = [LayerCache(shape, like) for _ in range(config.n_layer)]
+        self.undisturbed = False
+        """Whether nothing that could change the model happens between two calls with this cache."""
+        self.blocks: kernel.Blocks | None = None
+        """What was found out about the model's blocks, then, so that it need not be asked again (ops/blocks.py)."""
 
     @property
     def length(self) -> int:
@@ -172,6 +178,19 @@ def stream(
     The arguments are checked at once, before the first token is asked for. Between two tokens the model is as the
     caller left it, and so it is when the stream is given up.
     """
+    checked = _checked(model, input_ids, max_new_tokens, attention_mask, eos_token_id, sampling)
+    return _stream(model, input_ids, max_new_tokens, *checked, attention_mask, generator)
+
+
+def _checked(
+    model: GPT2,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    attention_mask: Tensor | None,
+    eos_token_id: int | Sequence[int] | None,
+    sampling: dict[str, Any],
+) -> tuple[Sampling, tuple[int, ...]]:
+    """How to draw, and the ids that end a row; ValueError unless all of this can be asked of `stream`."""
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens!r}")
     settings = Sampling(**sampling)
@@ -181,7 +200,7 @@ def stream(
     check_input(model.config, input_ids.cpu(), attention_mask)  # on the CPU, where ids are looked at
     if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
         raise ValueError("attention_mask ends in padding; pad a batch of prompts on the left")
-    return _stream(model, input_ids, max_new_tokens, settings, attention_mask, ends, generator)
+    return settings, ends
 
 
 def _stream(
@@ -189,22 +208,25 @@ def _stream(
     input_ids: Tensor,
     max_new_tokens: int,
     sampling: Sampling,
-    mask: Tensor | None,
     ends: tuple[int, ...],
+    mask: Tensor | None,
     generator: torch.Generator | None,
+    undisturbed: bool = False,
 ) -> Iterator[Tensor]:
+    """The tokens of `stream`. Undisturbed: dropout is off, and no code that could change the model runs between two."""
     B, T = input_ids.shape
     room = model.config.n_positions - T
     n_new = min(max_new_tokens, room)
     # The last token is returned, not fed.
     cache = KVCache(model, B, max(T, T + n_new - 1))
+    cache.undisturbed = undisturbed
     if mask is not None and bool((mask != 0).all()):
         mask = None
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     feed = input_ids
     for _ in range(n_new):
         # Not around the loop: the caller's code runs between the yields.
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), nullcontext() if undisturbed else evaluation_mode(model):
             logits = model.next_logits(feed, mask, cache)  # (B, V)
             if not _finite(logits):
                 raise NonFiniteError(
@@ -248,15 +270,11 @@ def generate(
     prompt, ids outside the vocabulary or sampling settings out of range; NonFiniteError, which is one, for weights that
     give logits which are not finite.
     """
-    tokens = stream(
-        model,
-        input_ids,
-        max_new_tokens,
-        attention_mask=attention_mask,
-        eos_token_id=eos_token_id,
-        generator=generator,
-        **sampling,
-    )
+    checked = _checked(model, input_ids, max_new_tokens, attention_mask, eos_token_id, sampling)
+    # Hooks on blocks keep them from the one call; other code may run in a subclass, or around what is not a block.
+    undisturbed = type(model).__module__ == "minigpt2.model" and not hooked(*model.children())
+    with evaluation_mode(model):
+        tokens = list(_stream(model, input_ids, max_new_tokens, *checked, attention_mask, generator, undisturbed))
     return torch.cat([input_ids, *(token[:, None].to(input_ids.dtype) for token in tokens)], dim=1)
 
 

@@ -31,8 +31,24 @@ def decode_blocks(
     others. `classes` are the model's own of a block, its attention, its MLP and their projections."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or mask is not None:
         return None
-    if x.size(1) != 1 or x.size(0) > kernel.FEW or not kernel.serves(x):
+    if x.size(1) != 1 or x.size(0) > kernel.FEW or torch.is_autocast_enabled("cpu") or not kernel.serves(x):
         return None
+    past, blocks = cache.length, cache.blocks
+    if blocks is None or not blocks.serve(x, past):
+        blocks = _laid_out(stack, classes, x, cache)
+    if blocks is None:
+        return None
+    cache.blocks = blocks if cache.undisturbed else None
+    y = kernel.decode_blocks(x, blocks, past)
+    for layer in cache.layers:
+        layer.length += 1
+    return y
+
+
+def _laid_out(
+    stack: BlockStack, classes: tuple[type[nn.Module], ...], x: Tensor, cache: KVCache
+) -> kernel.Blocks | None:
+    """The blocks as the kernel reads them, if they are just their operations."""
     named, kinds = [pair for block in stack for pair in _named_modules(block)], _kinds(classes)
     if [(name, type(module)) for name, module in named] != kinds * len(cache.layers):
         return None  # what follows takes the modules for those of model.py
@@ -52,12 +68,7 @@ def decode_blocks(
     if others != [(n_head, True, gelu, past)] * len(others) or not untouched(*tensors):
         return None
     tensors = [t.detach() for t in tensors]  # they hold the memory that is read, whatever other threads do to the model
-    if not kernel.serves_blocks(x, tensors, n_head, past):
-        return None
-    y = kernel.decode_blocks(x, tensors, n_head, past, numbers)
-    for layer in cache.layers:
-        layer.length += 1
-    return y
+    return kernel.Blocks(tensors, n_head, numbers) if kernel.serves_blocks(x, tensors, n_head, past) else None
 
 
 def _named_modules(block: nn.Module) -> list[tuple[str, Any]]:

@@ -34,6 +34,7 @@ from minigpt2.torch_private import constant_to_compiler, untouched
 __all__ = [
     "DTYPES",
     "FEW",
+    "Blocks",
     "adamw",
     "adamw_blocks",
     "attention",
@@ -147,30 +148,34 @@ def decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
 
 
 def serves_blocks(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> bool:
-    """Whether these are what `decode_blocks` takes."""
-    return (
-        direct(x, *tensors)
-        and blocks_fit(x, tensors, n_head, past)
-        and 0 < x.size(0) <= FEW
-        and not torch.is_autocast_enabled("cpu")
-        and unavailable() is None
-    )
+    """Whether these are what `decode_blocks` takes, where the kernel serves x."""
+    return direct(x, *tensors) and blocks_fit(x, tensors, n_head, past) and 0 < x.size(0) <= FEW
 
 
-def decode_blocks(
-    x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int, numbers: Sequence[tuple[float, float, float]]
-) -> Tensor:
-    """One more token through blocks: x (B, 1, C) -> (B, 1, C). `tensors` are, block after block, its parameters in the
-    order of Block.parameters() and its caches of keys and values (B, H, room, D), into which those of the token are
-    written behind the first `past`; `numbers` the scale of its scores and the eps of its two LayerNorms. The caller has
-    asked `serves_blocks`."""
-    B, _, room, D = tensors[-1].shape
+class Blocks:
+    """What `decode_blocks` reads, laid out for it once: it holds that memory. `tensors` are, block after block, its
+    parameters in the order of Block.parameters() and its caches of keys and values (B, H, room, D); `numbers` the scale
+    of its scores and the eps of its two LayerNorms. The caller has asked `serves_blocks`."""
+
+    def __init__(self, tensors: Sequence[Tensor], n_head: int, numbers: Sequence[tuple[float, float, float]]) -> None:
+        self.tensors, (self.B, _, self.room, D) = tensors, tensors[-1].shape
+        self.sizes = (n_head, D, tensors[9].size(0), self.room, len(numbers))
+        places = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+        constants = [number for scale, *eps in numbers for number in (checked_scale(scale, D), *eps)]
+        self.places_and_numbers = places, (ctypes.c_double * len(constants))(*constants)
+
+    def serve(self, x: Tensor, past: int) -> bool:
+        """Whether this is another token of what they were laid out for."""
+        like, shape = self.tensors[-1], (self.B, 1, self.tensors[0].size(0))
+        return direct(x) and past < self.room and x.shape == shape and x.dtype is like.dtype and x.is_contiguous()
+
+
+def decode_blocks(x: Tensor, blocks: Blocks, past: int) -> Tensor:
+    """One more token through blocks: x (B, 1, C) -> (B, 1, C). Its keys and values are written behind the first `past`
+    of the caches. The caller has asked `serves_blocks`, or `blocks.serve` if nothing has changed since."""
     out = torch.empty_like(x)
-    sizes = (B, past + 1, n_head, D, tensors[9].size(0), room, len(numbers))
-    places = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
-    constants = [number for scale, *eps in numbers for number in (checked_scale(scale, D), *eps)]
-    places_and_numbers = places, (ctypes.c_double * len(constants))(*constants)
-    _call("decode_blocks", x.dtype, *sizes, *places_and_numbers, x.data_ptr(), out.data_ptr())
+    sizes = (blocks.B, past + 1, *blocks.sizes)
+    _call("decode_blocks", x.dtype, *sizes, *blocks.places_and_numbers, x.data_ptr(), out.data_ptr())
     return out
 
 

@@ -17,9 +17,9 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt2 import GPT2, GPT2Config, KVCache
-from minigpt2.generate import stream
+from minigpt2.generate import generate, stream
 from minigpt2.model import MLP, Projection
-from minigpt2.ops import kernel
+from minigpt2.ops import blocks, kernel
 
 pytestmark = pytest.mark.usefixtures("needs_the_kernel")
 
@@ -102,6 +102,83 @@ def test_generation_takes_it_and_sees_weights_that_change_between_two_tokens(
         texts.append(torch.stack(tokens))
         assert len(calls) == 19
     assert torch.equal(*texts)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One for each time that the blocks were asked what they are."""
+    found: list[Any] = []
+    laid_out = blocks._laid_out
+    monkeypatch.setattr(blocks, "_laid_out", lambda *args: found.append(None) or laid_out(*args))
+    return found
+
+
+@torch.no_grad()
+def test_generate_asks_once_what_the_blocks_are_and_gives_what_stream_gives(calls: list[Any], looks: list[Any]) -> None:
+    model, prompt = made().train(), torch.arange(6).view(2, 3)
+    model.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    for _ in range(2):  # the second time with other weights
+        looks.clear()
+        calls.clear()
+        streamed = torch.stack([*stream(model, prompt, 20, temperature=0)], dim=1)
+        assert len(looks) == len(calls) == 19
+        assert torch.equal(generate(model, prompt, 20, temperature=0)[:, 3:], streamed)
+        assert len(looks) == 20
+        assert len(calls) == 38
+        assert [module.training for module in model.modules()] == modes
+        model.h[0].mlp.c_fc.weight.data = model.h[1].mlp.c_fc.weight.flip(0)
+
+
+class Changing(GPT2):
+    """One that changes a block when it is called for the fifth time."""
+
+    count = 0
+
+    def hidden(self, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+        change_at_the_fifth(self)
+        return super().hidden(*args, **settings)
+
+
+def change_at_the_fifth(model: Any, *_: Any) -> None:
+    model.count += 1
+    if model.count == 5:
+        model.h[0].mlp.c_fc.weight.data = model.h[1].mlp.c_fc.weight.flip(0)
+
+
+@pytest.mark.parametrize("by", ["a hook", "a subclass"])
+@torch.no_grad()
+def test_generate_sees_what_code_of_others_does_to_the_blocks_meanwhile(looks: list[Any], by: str) -> None:
+    texts = []
+    for run in (generate, lambda *args, **kw: torch.cat([args[1], torch.stack([*stream(*args, **kw)], dim=1)], dim=1)):
+        model = made()
+        if by == "a subclass":
+            model.__class__ = Changing
+        else:
+            model.count = 0
+            model.wpe.register_forward_hook(functools.partial(change_at_the_fifth, model))
+        texts.append(run(model, torch.arange(6).view(2, 3), 20, temperature=0))
+    assert torch.equal(*texts)
+    assert len(looks) == 38
+    assert not torch.equal(texts[0], generate(made(), torch.arange(6).view(2, 3), 20, temperature=0))
+
+
+@torch.no_grad()
+def test_blocks_laid_out_serve_tokens_of_their_kind_only() -> None:
+    model, x = made(), torch.randn(2, 1, 32)
+    cache = KVCache(model, 2, 5)
+    tensors: list[Tensor] = []
+    for block, layer in zip(model.h, cache.layers, strict=True):
+        tensors += [*(p.detach() for p in block.parameters()), layer.k, layer.v]
+    laid_out = kernel.Blocks(tensors, 2, [(0.25, 1e-5, 1e-5)] * 2)
+    assert laid_out.serve(x, 4)
+    assert not laid_out.serve(x, 5)
+    for other in (x[:1], x.double(), x.bfloat16(), x.repeat(1, 2, 1), x[..., :16]):
+        assert not laid_out.serve(other, 4), other.shape
+    strided = torch.randn(2, 1, 64)[..., ::2]
+    assert strided.shape == x.shape
+    assert not laid_out.serve(strided, 4)
+    assert not laid_out.serve(torch._neg_view(x), 4)
 
 
 class Other(Projection):
