@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import math
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt2.bench.header import header
+from minigpt2.bench.worker import end_with
 from minigpt2.command_line import optional
 from minigpt2.data.batches import check_enough, is_token_folder, open_corpus
 from minigpt2.device import pick_device
@@ -136,7 +138,7 @@ def bench_learning(
         curves: Curves = {}
         for config in configs:
             for library in ["minigpt2"] + ["transformers"] * (compare is not None):
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with, (os.getpid(),)) as pool:
                     curve = pool.submit(_train, config, library, place).result()
                 curves.setdefault(curve.setting, []).append(curve)
     found = [curve for of_setting in curves.values() for curve in of_setting]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import statistics
 import timeit
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt2.bench.header import header
+from minigpt2.bench.worker import end_with
 from minigpt2.config import GPT2Config
 from minigpt2.device import peak_bytes, resident_bytes
 from minigpt2.loss import chunk_shape, linear_cross_entropy
@@ -51,7 +53,7 @@ def bench_loss(
     seconds = [[timeit.timeit(step, number=1) for step in steps] for _ in range(rounds + 1)][1:]
     found = {}
     for i, library in enumerate(libraries):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with, (os.getpid(),)) as pool:
             times, peak = found[library] = [row[i] for row in seconds], pool.submit(_peak, library, shape).result()
         ratios = sorted(row[i] / row[0] for row in seconds)
         ratio = f"{statistics.median(ratios):.2f} x [{ratios[0]:.2f}, {ratios[-1]:.2f}]"

@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_runs import make_inputs
 
 from minigpt2 import GPT2Config
 from minigpt2.bench.generate import bench_generate, memory_rates
@@ -72,6 +77,46 @@ def test_what_does_not_fit_is_left_out(capsys: pytest.CaptureFixture[str], monke
     printed = capsys.readouterr().out
     assert "left out: no recomputation: it needs " in printed
     assert "left out: transformers: it needs more than is free" in printed
+
+
+MEASURES = f"from minigpt2.bench.worker import Job, measure; measure(Job(config={TINY}, length=16, steps=10**9))"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
+@pytest.mark.parametrize("command", [["-c", MEASURES], ["-m", "minigpt2", "bench", "learning"]], ids=["worker", "pool"])
+def test_a_benchmark_that_is_killed_leaves_no_process(command: list[str], tmp_path: Path) -> None:
+    if command[-1] == "learning":
+        make_inputs(tmp_path)
+        shape = {"n-layer": 1, "n-head": 2, "n-embd": 16, "length": 16, "batch": 1, "steps": 10**6}
+        command = [*command, "--data", str(tmp_path / "tokens"), *(f"--{k}={v}" for k, v in shape.items())]
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        waited(
+            lambda: any("bench.worker" in name or "spawn_main" in name for name in map(command_line, listed_in(listed)))
+        )
+        started = listed_in(listed)
+        process.terminate()
+    waited(lambda: not any(map(command_line, started)))
+
+
+def listed_in(file: Path) -> list[str]:
+    return file.read_text().split()
+
+
+def command_line(pid: str) -> str:
+    """Of a process; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def waited(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("not within a minute")
 
 
 def test_bench_step(capsys: pytest.CaptureFixture[str]) -> None:
