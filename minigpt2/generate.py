@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from minigpt2.config import GPT2Config
 from minigpt2.inputs import check_input
-from minigpt2.torch_private import hooked
+from minigpt2.model import GPT2
+from minigpt2.ops.blocks import own_around_blocks
 
 if TYPE_CHECKING:
-    from minigpt2.model import GPT2
     from minigpt2.ops import kernel
     from minigpt2.tokenizer import Tokenizer
 
@@ -77,6 +77,11 @@ class KVCache:
     device. Gradients flow through the tokens of one call, not into those that the cache held before.
     """
 
+    undisturbed: bool = False
+    """Whether no code of others that could change the model runs during calls with this cache, or between them."""
+    blocks: kernel.Blocks | None = None
+    """What the model's blocks were then found to be, which need not be asked again (ops/blocks.py)."""
+
     def __init__(self, model: GPT2, batch_size: int, max_length: int | None = None) -> None:
         config, like = model.config, model.wte.weight
         max_length = config.n_positions if max_length is None else max_length
@@ -88,10 +93,6 @@ class KVCache:
         self.model_shape = (config.n_layer, config.n_head, config.head_dim)
         shape = (batch_size, config.n_head, max_length, config.head_dim)
         self.layers = [LayerCache(shape, like) for _ in range(config.n_layer)]
-        self.undisturbed = False
-        """Whether nothing that could change the model happens between two calls with this cache."""
-        self.blocks: kernel.Blocks | None = None
-        """What was found out about the model's blocks, then, so that it need not be asked again (ops/blocks.py)."""
 
     @property
     def length(self) -> int:
@@ -213,7 +214,7 @@ def _stream(
     generator: torch.Generator | None,
     undisturbed: bool = False,
 ) -> Iterator[Tensor]:
-    """The tokens of `stream`. Undisturbed: dropout is off, and no code that could change the model runs between two."""
+    """The tokens of `stream`. Undisturbed: no code of others runs between two, and those are in evaluation mode."""
     B, T = input_ids.shape
     room = model.config.n_positions - T
     n_new = min(max_new_tokens, room)
@@ -226,7 +227,8 @@ def _stream(
     feed = input_ids
     for _ in range(n_new):
         # Not around the loop: the caller's code runs between the yields.
-        with torch.no_grad(), nullcontext() if undisturbed else evaluation_mode(model):
+        known = cache.blocks is not None and not model.training  # which another thread may have made it since
+        with torch.no_grad(), nullcontext() if known else evaluation_mode(model):
             logits = model.next_logits(feed, mask, cache)  # (B, V)
             if not _finite(logits):
                 raise NonFiniteError(
@@ -271,8 +273,7 @@ def generate(
     give logits which are not finite.
     """
     checked = _checked(model, input_ids, max_new_tokens, attention_mask, eos_token_id, sampling)
-    # Hooks on blocks keep them from the one call; other code may run in a subclass, or around what is not a block.
-    undisturbed = type(model).__module__ == "minigpt2.model" and not hooked(*model.children())
+    undisturbed = own_around_blocks(model, GPT2)
     with evaluation_mode(model):
         tokens = list(_stream(model, input_ids, max_new_tokens, *checked, attention_mask, generator, undisturbed))
     return torch.cat([input_ids, *(token[:, None].to(input_ids.dtype) for token in tokens)], dim=1)

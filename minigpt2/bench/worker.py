@@ -96,14 +96,16 @@ def measure(job: Job) -> Result:
 
 
 def end_with(parent: int) -> None:
-    """End this process, whatever it is doing, soon after the one that started it has ended, by a signal for one."""
+    """End this process, whatever it is doing, soon after the one that started it has ended, by a signal for one. Not on
+    Windows, where a process keeps the number of its parent."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if sys.platform != "win32":
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(job: Job) -> Result:

@@ -18,9 +18,9 @@ from minigpt2.torch_private import hooked, untouched
 
 if TYPE_CHECKING:
     from minigpt2.generate import KVCache
-    from minigpt2.model import BlockStack
+    from minigpt2.model import GPT2, BlockStack
 
-__all__ = ["decode_blocks"]
+__all__ = ["decode_blocks", "own_around_blocks"]
 
 
 def decode_blocks(
@@ -67,7 +67,7 @@ def _laid_out(
     n_head = others[0][0]
     if others != [(n_head, True, gelu, past)] * len(others) or not untouched(*tensors):
         return None
-    tensors = [t.detach() for t in tensors]  # they hold the memory that is read, whatever other threads do to the model
+    tensors = [t.detach() for t in tensors]  # which hold the memory also when another thread gives the model other
     return kernel.Blocks(tensors, n_head, numbers) if kernel.serves_blocks(x, tensors, n_head, past) else None
 
 
@@ -88,6 +88,19 @@ def _kinds(classes: tuple[type[nn.Module], ...]) -> list[tuple[str, type[nn.Modu
     return [("", block), *first, *second]
 
 
-def _patched(kind: type[nn.Module]) -> bool:
+def _patched(kind: type[nn.Module], method: str = "forward") -> bool:
     """Whether somebody has given this class another forward."""
-    return getattr(kind.forward, "__globals__", {}).get("__name__") != kind.__module__
+    return getattr(getattr(kind, method), "__globals__", {}).get("__name__") != kind.__module__
+
+
+def own_around_blocks(model: GPT2, own: type[GPT2]) -> bool:
+    """Whether in a call of the model only its own code runs, and PyTorch's, besides its blocks'."""
+    methods, embedding = ("hidden", "next_logits"), nn.Embedding
+    kinds = {"wte": embedding, "wpe": embedding, "h": type(model.h), "ln_f": nn.LayerNorm, "lm_head": nn.Linear}
+    return (
+        type(model) is own
+        and type(model.h).__module__ == own.__module__
+        and not any(method in vars(model) or _patched(own, method) for method in methods)
+        and all(type(part) is kinds.get(name) and not _patched(type(part)) for name, part in model.named_children())
+        and not hooked(*model.modules())
+    )

@@ -153,29 +153,29 @@ def serves_blocks(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) 
 
 
 class Blocks:
-    """What `decode_blocks` reads, laid out for it once: it holds that memory. `tensors` are, block after block, its
-    parameters in the order of Block.parameters() and its caches of keys and values (B, H, room, D); `numbers` the scale
-    of its scores and the eps of its two LayerNorms. The caller has asked `serves_blocks`."""
+    """What `decode_blocks` reads, laid out once. `tensors` are, block after block, its parameters in the order of
+    Block.parameters() and its caches of keys and values (B, H, room, D), and nobody else's; `numbers` the scale of its
+    scores and the eps of its two LayerNorms. The caller has asked `serves_blocks`."""
 
     def __init__(self, tensors: Sequence[Tensor], n_head: int, numbers: Sequence[tuple[float, float, float]]) -> None:
         self.tensors, (self.B, _, self.room, D) = tensors, tensors[-1].shape
-        self.sizes = (n_head, D, tensors[9].size(0), self.room, len(numbers))
-        places = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+        self.addresses = [t.data_ptr() for t in tensors]
         constants = [number for scale, *eps in numbers for number in (checked_scale(scale, D), *eps)]
-        self.places_and_numbers = places, (ctypes.c_double * len(constants))(*constants)
+        arrays = (ctypes.c_void_p * len(tensors))(*self.addresses), (ctypes.c_double * len(constants))(*constants)
+        self.arguments = (n_head, D, tensors[9].size(0), self.room, len(numbers), *arrays)
 
     def serve(self, x: Tensor, past: int) -> bool:
-        """Whether this is another token of what they were laid out for."""
+        """Whether this is another token of what they were laid out for, and they lie where they lay."""
         like, shape = self.tensors[-1], (self.B, 1, self.tensors[0].size(0))
-        return direct(x) and past < self.room and x.shape == shape and x.dtype is like.dtype and x.is_contiguous()
+        fits = direct(x) and past < self.room and x.shape == shape and x.dtype is like.dtype and x.is_contiguous()
+        return fits and [t.data_ptr() for t in self.tensors] == self.addresses
 
 
 def decode_blocks(x: Tensor, blocks: Blocks, past: int) -> Tensor:
     """One more token through blocks: x (B, 1, C) -> (B, 1, C). Its keys and values are written behind the first `past`
     of the caches. The caller has asked `serves_blocks`, or `blocks.serve` if nothing has changed since."""
     out = torch.empty_like(x)
-    sizes = (blocks.B, past + 1, *blocks.sizes)
-    _call("decode_blocks", x.dtype, *sizes, *blocks.places_and_numbers, x.data_ptr(), out.data_ptr())
+    _call("decode_blocks", x.dtype, blocks.B, past + 1, *blocks.arguments, x.data_ptr(), out.data_ptr())
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -82,7 +83,29 @@ def test_what_does_not_fit_is_left_out(capsys: pytest.CaptureFixture[str], monke
 MEASURES = f"from minigpt2.bench.worker import Job, measure; measure(Job(config={TINY}, length=16, steps=10**9))"
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
+finds_children = pytest.mark.skipif(
+    not Path(f"/proc/self/task/{os.getpid()}/children").is_file(), reason="finds processes in /proc"
+)
+
+
+@finds_children
+def test_a_process_that_is_at_work_ends_with_the_one_that_started_it() -> None:
+    works = (
+        "import sys; from minigpt2.bench.worker import end_with; end_with(int(sys.argv[1]))\n"
+        "print('at work', flush=True)\nwhile True: pass"
+    )
+    starts = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {works!r}, str(os.getpid())])"
+    with subprocess.Popen([sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        time.sleep(2)
+        (started,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert "end_with" in command_line(started)
+        process.kill()
+        waited(lambda: not command_line(started))
+
+
+@finds_children
 @pytest.mark.parametrize("command", [["-c", MEASURES], ["-m", "minigpt2", "bench", "learning"]], ids=["worker", "pool"])
 def test_a_benchmark_that_is_killed_leaves_no_process(command: list[str], tmp_path: Path) -> None:
     if command[-1] == "learning":
@@ -107,7 +130,7 @@ def command_line(pid: str) -> str:
     """Of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
-    except FileNotFoundError:
+    except OSError:
         return ""
 
 

@@ -130,37 +130,83 @@ def test_generate_asks_once_what_the_blocks_are_and_gives_what_stream_gives(call
         model.h[0].mlp.c_fc.weight.data = model.h[1].mlp.c_fc.weight.flip(0)
 
 
-class Changing(GPT2):
-    """One that changes a block when it is called for the fifth time."""
+def changing(model: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which changes a block when it is called for the fifth time."""
+    count = iter(range(100))
 
-    count = 0
+    def called(*args: Any, **settings: Any) -> Any:
+        if next(count) == 4:
+            model.h[0].mlp.c_fc.weight.data = model.h[1].mlp.c_fc.weight.flip(0)
+        return function(*args, **settings)
 
-    def hidden(self, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
-        change_at_the_fifth(self)
-        return super().hidden(*args, **settings)
-
-
-def change_at_the_fifth(model: Any, *_: Any) -> None:
-    model.count += 1
-    if model.count == 5:
-        model.h[0].mlp.c_fc.weight.data = model.h[1].mlp.c_fc.weight.flip(0)
+    return called
 
 
-@pytest.mark.parametrize("by", ["a hook", "a subclass"])
+def subclass(model: Any, name: str, method: str = "forward") -> None:
+    module = model.get_submodule(name)
+    kind = type(module)
+    module.__class__ = type("Sub", (kind,), {method: changing(model, getattr(kind, method)), "__module__": __name__})
+
+
+MEANWHILE: dict[str, Callable[[Any], Any]] = {
+    "a hook": lambda model: model.wpe.register_forward_hook(changing(model, lambda *_: None)) and None,
+    "a hook of the stack": lambda model: model.h.register_forward_pre_hook(changing(model, lambda *_: None)) and None,
+    "a subclass": lambda model: subclass(model, "", "hidden"),
+    "a method of its own": lambda model: setattr(model, "hidden", changing(model, model.hidden)),
+    "a patched class": lambda model: mock.patch.object(GPT2, "hidden", changing(model, GPT2.hidden)),
+    "a LayerNorm's subclass": lambda model: subclass(model, "ln_f"),
+    "an embedding's subclass": lambda model: subclass(model, "wte"),
+    "a stack's subclass": lambda model: subclass(model, "h"),
+    "a patched LayerNorm": lambda model: setattr(model.ln_f, "forward", changing(model, model.ln_f.forward)),
+    "a parametrized embedding": lambda model: (
+        parametrize.register_parametrization(model.wpe, "weight", Called(changing(model, nn.Identity()))) and FULL
+    ),
+}
+
+
+class Called(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("change", MEANWHILE.values(), ids=MEANWHILE)
 @torch.no_grad()
-def test_generate_sees_what_code_of_others_does_to_the_blocks_meanwhile(looks: list[Any], by: str) -> None:
+def test_generate_sees_what_code_of_others_does_to_the_blocks_meanwhile(change: Callable[[Any], Any]) -> None:
+    def streamed(model: GPT2, prompt: Tensor, n: int, **settings: Any) -> Tensor:
+        return torch.cat([prompt, torch.stack([*stream(model, prompt, n, **settings)], dim=1)], dim=1)
+
     texts = []
-    for run in (generate, lambda *args, **kw: torch.cat([args[1], torch.stack([*stream(*args, **kw)], dim=1)], dim=1)):
+    for run in (generate, streamed):
         model = made()
-        if by == "a subclass":
-            model.__class__ = Changing
-        else:
-            model.count = 0
-            model.wpe.register_forward_hook(functools.partial(change_at_the_fifth, model))
-        texts.append(run(model, torch.arange(6).view(2, 3), 20, temperature=0))
+        with change(model) or nullcontext():
+            texts.append(run(model, torch.arange(6).view(2, 3), 20, temperature=0))
     assert torch.equal(*texts)
-    assert len(looks) == 38
     assert not torch.equal(texts[0], generate(made(), torch.arange(6).view(2, 3), 20, temperature=0))
+
+
+@torch.no_grad()
+def test_weights_that_move_and_modes_that_change_meanwhile_are_seen(
+    looks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As other threads may do it."""
+    model, prompt = made(embd_pdrop=0.9), torch.arange(6).view(2, 3)
+    wanted = generate(model, prompt, 20, temperature=0)
+    drawn, decode = iter(range(100)), kernel.decode_blocks
+
+    def meanwhile(*args: Any) -> Tensor:
+        if next(drawn) == 4:
+            model.h[1].mlp.c_proj.weight.share_memory_()
+            model.train()
+        return decode(*args)
+
+    monkeypatch.setattr(kernel, "decode_blocks", meanwhile)
+    looks.clear()
+    assert torch.equal(generate(model, prompt, 20, temperature=0), wanted)
+    assert len(looks) == 2
 
 
 @torch.no_grad()
@@ -171,6 +217,10 @@ def test_blocks_laid_out_serve_tokens_of_their_kind_only() -> None:
     for block, layer in zip(model.h, cache.layers, strict=True):
         tensors += [*(p.detach() for p in block.parameters()), layer.k, layer.v]
     laid_out = kernel.Blocks(tensors, 2, [(0.25, 1e-5, 1e-5)] * 2)
+    assert laid_out.serve(x, 4)
+    laid_out.tensors[3].share_memory_()
+    assert not laid_out.serve(x, 4)
+    laid_out.addresses[3] = laid_out.tensors[3].data_ptr()
     assert laid_out.serve(x, 4)
     assert not laid_out.serve(x, 5)
     for other in (x[:1], x.double(), x.bfloat16(), x.repeat(1, 2, 1), x[..., :16]):
