@@ -99,7 +99,9 @@ def test_recipes_follow_the_model_and_what_is_given() -> None:
         return found.lr, found.embedding_lr, found.warmup, found.weight_decay
 
     assert recipe(optimizer="adamw", max_steps=300) == (1e-3, 3e-3, 30, 0.1)
-    assert recipe(optimizer="adamw", n_embd=768) == (0.192 / 768, 3e-3, 30, 0.1)
+    assert recipe(optimizer="adamw", n_embd=384) == (0.192 / 384, 3e-3, 30, 0.1)
+    assert recipe(optimizer="adamw", n_embd=768) == (1.77e-4, 1.5e-3, 30, 0.1)
+    assert recipe(optimizer="adamw", n_embd=768, lr=1.2345e-4) == (1.2345e-4, 1.2345e-4, 30, 0.1)
     assert [recipe(optimizer="adamw", max_steps=n)[2] for n in (1, 3, 40, 100, 300, 1000)] == [1, 1, 12, 30, 30, 100]
     assert [recipe(optimizer="muon", max_steps=n)[2] for n in (1, 3, 40, 100, 300, 1000)] == [1, 1, 4, 10, 30, 100]
     # A quarter of the tokens in a step, half of the rate; more than were measured, no more.
