@@ -95,12 +95,12 @@ def _patched(kind: type[nn.Module], method: str = "forward") -> bool:
 
 def own_around_blocks(model: GPT2, own: type[GPT2]) -> bool:
     """Whether in a call of the model only its own code runs, and PyTorch's, besides its blocks'."""
-    methods, embedding = ("hidden", "next_logits"), nn.Embedding
+    if type(model) is not own or type(model.h).__module__ != own.__module__:
+        return False
+    embedding = nn.Embedding
     kinds = {"wte": embedding, "wpe": embedding, "h": type(model.h), "ln_f": nn.LayerNorm, "lm_head": nn.Linear}
     return (
-        type(model) is own
-        and type(model.h).__module__ == own.__module__
-        and not any(method in vars(model) or _patched(own, method) for method in methods)
+        not any(method in vars(model) or _patched(own, method) for method in ("hidden", "next_logits"))
         and all(type(part) is kinds.get(name) and not _patched(type(part)) for name, part in model.named_children())
         and not hooked(*model.modules())
     )
