@@ -214,7 +214,7 @@ def _stream(
     generator: torch.Generator | None,
     undisturbed: bool = False,
 ) -> Iterator[Tensor]:
-    """The tokens of `stream`. Undisturbed: no code of others runs between two, and those are in evaluation mode."""
+    """The tokens of `stream`. Undisturbed: no code of others runs between two, and the model is in evaluation mode."""
     B, T = input_ids.shape
     room = model.config.n_positions - T
     n_new = min(max_new_tokens, room)
@@ -224,10 +224,10 @@ def _stream(
     if mask is not None and bool((mask != 0).all()):
         mask = None
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-    feed = input_ids
+    feed, modules = input_ids, list(model.modules())
     for _ in range(n_new):
         # Not around the loop: the caller's code runs between the yields.
-        known = cache.blocks is not None and not model.training  # which another thread may have made it since
+        known = cache.blocks is not None and not any(module.training for module in modules)  # other threads may set it
         with torch.no_grad(), nullcontext() if known else evaluation_mode(model):
             logits = model.next_logits(feed, mask, cache)  # (B, V)
             if not _finite(logits):

@@ -26,6 +26,7 @@ __all__ = [
     "onednn_weight_gradient",
     "traced",
     "transformed",
+    "under_function_mode",
     "untouched",
 ]
 
@@ -37,6 +38,8 @@ FUNCTION_TRANSFORMS = "torch._C._are_functorch_transforms_active"
 FORWARD_MODE_LEVEL = "torch.autograd.forward_ad._current_level"
 # Without it, a mode is taken to look at every operation.
 DISPATCH_MODES = "torch._C._len_torch_dispatch_stack"
+# Without it, a mode is taken to look at every function.
+FUNCTION_MODES = "torch._C._len_torch_function_stack"
 # Without it, every backward pass is taken to keep its graph.
 KEEPS_GRAPH = "torch._C._autograd._get_current_graph_task_keep_graph"
 # Without it, an alias that is made below autograd does not know of changes in place.
@@ -53,6 +56,7 @@ NAMES = (
     FUNCTION_TRANSFORMS,
     FORWARD_MODE_LEVEL,
     DISPATCH_MODES,
+    FUNCTION_MODES,
     KEEPS_GRAPH,
     EXCLUDE_KEY,
     GLOBAL_HOOKS,
@@ -99,6 +103,12 @@ def traced() -> bool:
     if torch.compiler.is_compiling():
         return True
     modes = found(DISPATCH_MODES)
+    return modes is None or modes() > 0
+
+
+def under_function_mode() -> bool:
+    """Whether a mode is told of every function of PyTorch's that is called."""
+    modes = found(FUNCTION_MODES)
     return modes is None or modes() > 0
 
 

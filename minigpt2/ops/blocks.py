@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minigpt2.ops import kernel
 from minigpt2.ops.gelu import gelu
-from minigpt2.torch_private import hooked, untouched
+from minigpt2.torch_private import hooked, under_function_mode, untouched
 
 if TYPE_CHECKING:
     from minigpt2.generate import KVCache
@@ -103,4 +103,5 @@ def own_around_blocks(model: GPT2, own: type[GPT2]) -> bool:
         not any(method in vars(model) or _patched(own, method) for method in ("hidden", "next_logits"))
         and all(type(part) is kinds.get(name) and not _patched(type(part)) for name, part in model.named_children())
         and not hooked(*model.modules())
+        and not under_function_mode()
     )

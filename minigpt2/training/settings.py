@@ -94,11 +94,11 @@ class TrainConfig(TextOptions):
     and the processor or GPU multiplies bfloat16; else, with --init, with --moments in less and with fsdp, adamw."""
     lr: Annotated[float | None, optional("FLOAT")] = None
     """Peak learning rate of the blocks' matrices; a cosine brings it down to a tenth. Default: for muon
-    0.02 * sqrt(192 / width); for adamw 0.192 / width, times sqrt(384 / width) where that is wider, and times
-    sqrt(tokens / 2048) where a step has fewer tokens; with --init 5e-3 and 1e-4."""
+    0.02 * sqrt(192 / width); for adamw 0.192 / width, times sqrt(384 / width) beyond a width of 384, and
+    times sqrt(tokens / 2048) where a step has fewer tokens; with --init 5e-3 and 1e-4."""
     embedding_lr: Annotated[float | None, optional("FLOAT")] = None
     """Peak learning rate of embeddings, biases and LayerNorms. Default: 6e-3 for muon; 3e-3 for adamw, times
-    384 / width where that is wider; for adamw with --lr the same as the matrices'; with --init 1e-4."""
+    384 / width beyond a width of 384; for adamw with --lr the same as the matrices'; with --init 1e-4."""
     warmup: Annotated[int | None, optional("INT")] = None
     """Steps of linear warm-up to the peak learning rates. Default: a tenth of all steps; for adamw 30 at least, or
     three tenths; with --init 10."""
@@ -191,12 +191,12 @@ class TrainConfig(TextOptions):
         The rate of AdamW for the blocks' matrices falls with the width, as in Yang et al. 2022 (arXiv:2203.03466), and
         with the root of the tokens in a step, as in Malladi et al. 2022 (arXiv:2205.10287), below the 2048 that it was
         measured with; more were not, and raise it no further. That of Muon falls with the root of the width, which fits
-        the best of five rates at five widths and has no other source. Those of embeddings and vectors stay. Beyond a
-        width of 384 the rates of AdamW fall further, which has one measurement, and no source: at 12 x 768, 40 steps of
-        8 x 256 tokens, seeds 0 and 1, the mean was 6.10, 6.14 without that for the matrices and 6.23 without it for
-        any; at 8 x 384 it was better without. AdamW warms up for 30 steps, or three tenths of fewer than 100: of 100 at
-        8 x 384 that gave 5.45 where a tenth gave 5.62, of 40 at 12 x 768, with the higher rates, 6.17 where it gave
-        6.36, at 4 x 128 nothing (`bench learning --warmup`, one seed). At 6 blocks of width 192, 300 steps of 8 x 256
+        the best of five rates at five widths and has no other source. Those of embeddings and vectors stay up to
+        a width of 384. Beyond it the rates of AdamW fall further, measured at one width, and without a source: at 12 x
+        768, 40 steps of 8 x 256 tokens, seeds 0 and 1, the mean was 6.10, 6.14 without that for the matrices and 6.23
+        without it for any; at 8 x 384 a lower one for the embeddings was worse. AdamW warms up for 30 steps, or three
+        tenths of fewer than 100: of 100 at 8 x 384 that gave 5.45 where a tenth gave 5.62, of 40 at 12 x 768, with the
+        higher rates, 6.17 where it gave 6.36, at 4 x 128 nothing (`bench learning --warmup`, one seed). At 6 blocks of width 192, 300 steps of 8 x 256
         tokens of Shakespeare, a validation loss of 4.98 came with AdamW and 4.45 with Muon in 1.03 of the time
         (minigpt2/bench/README.md has the commands and the sweeps), and 4.52 with Muon and 3e-3 for the embeddings (one
         seed).

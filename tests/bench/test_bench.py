@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_left_out(capsys: pytest.CaptureFixture[str], monke
     assert "left out: transformers: it needs more than is free" in printed
 
 
-MEASURES = f"from minigpt2.bench.worker import Job, measure; measure(Job(config={TINY}, length=16, steps=10**9))"
+MEASURES = f"from minigpt2.bench.worker import Job, measure; measure(Job(config={TINY}, length=16, steps=10**5))"
 
 
 finds_children = pytest.mark.skipif(
@@ -91,17 +91,19 @@ finds_children = pytest.mark.skipif(
 @finds_children
 def test_a_process_that_is_at_work_ends_with_the_one_that_started_it() -> None:
     works = (
-        "import sys; from minigpt2.bench.worker import end_with; end_with(int(sys.argv[1]))\n"
-        "print('at work', flush=True)\nwhile True: pass"
+        "import sys, time; from minigpt2.bench.worker import end_with; end_with(int(sys.argv[1]))\n"
+        "print('at work', flush=True); end = time.monotonic() + 120\nwhile time.monotonic() < end: pass"
     )
     starts = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {works!r}, str(os.getpid())])"
     with subprocess.Popen([sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "at work\n"
         time.sleep(2)
-        (started,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert "end_with" in command_line(started)
-        process.kill()
+        try:
+            (started,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            assert "end_with" in command_line(started)
+        finally:
+            process.kill()
         waited(lambda: not command_line(started))
 
 
@@ -110,15 +112,15 @@ def test_a_process_that_is_at_work_ends_with_the_one_that_started_it() -> None:
 def test_a_benchmark_that_is_killed_leaves_no_process(command: list[str], tmp_path: Path) -> None:
     if command[-1] == "learning":
         make_inputs(tmp_path)
-        shape = {"n-layer": 1, "n-head": 2, "n-embd": 16, "length": 16, "batch": 1, "steps": 10**6}
+        shape = {"n-layer": 1, "n-head": 2, "n-embd": 16, "length": 16, "batch": 1, "steps": 10**5}
         command = [*command, "--data", str(tmp_path / "tokens"), *(f"--{k}={v}" for k, v in shape.items())]
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        waited(
-            lambda: any("bench.worker" in name or "spawn_main" in name for name in map(command_line, listed_in(listed)))
-        )
-        started = listed_in(listed)
-        process.terminate()
+        try:
+            waited(lambda: any("bench.worker" in c or "spawn_main" in c for c in map(command_line, listed_in(listed))))
+            started = listed_in(listed)
+        finally:
+            process.terminate()
     waited(lambda: not any(map(command_line, started)))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt2 import GPT2, GPT2Config, KVCache
@@ -158,10 +159,24 @@ MEANWHILE: dict[str, Callable[[Any], Any]] = {
     "an embedding's subclass": lambda model: subclass(model, "wte"),
     "a stack's subclass": lambda model: subclass(model, "h"),
     "a patched LayerNorm": lambda model: setattr(model.ln_f, "forward", changing(model, model.ln_f.forward)),
+    "a mode": lambda model: Mode(model),
     "a parametrized embedding": lambda model: (
         parametrize.register_parametrization(model.wpe, "weight", Called(changing(model, nn.Identity()))) and FULL
     ),
 }
+
+
+class Mode(TorchFunctionMode):
+    """One that changes a block when a largest and least value is asked for the fifth time."""
+
+    def __init__(self, model: GPT2) -> None:
+        super().__init__()
+        self.changing = changing(model, lambda: None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.aminmax:
+            self.changing()
+        return func(*args, **(kwargs or {}))
 
 
 class Called(nn.Module):
@@ -188,20 +203,22 @@ def test_generate_sees_what_code_of_others_does_to_the_blocks_meanwhile(change: 
     assert not torch.equal(texts[0], generate(made(), torch.arange(6).view(2, 3), 20, temperature=0))
 
 
+@pytest.mark.parametrize("training", ["", "h.1"])
 @torch.no_grad()
 def test_weights_that_move_and_modes_that_change_meanwhile_are_seen(
-    looks: list[Any], monkeypatch: pytest.MonkeyPatch
+    looks: list[Any], monkeypatch: pytest.MonkeyPatch, training: str
 ) -> None:
     """As other threads may do it."""
-    model, prompt = made(embd_pdrop=0.9), torch.arange(6).view(2, 3)
+    model, prompt = made(embd_pdrop=0.9, resid_pdrop=0.9), torch.arange(6).view(2, 3)
     wanted = generate(model, prompt, 20, temperature=0)
     drawn, decode = iter(range(100)), kernel.decode_blocks
 
     def meanwhile(*args: Any) -> Tensor:
+        y = decode(*args)
         if next(drawn) == 4:
             model.h[1].mlp.c_proj.weight.share_memory_()
-            model.train()
-        return decode(*args)
+            model.get_submodule(training).train()
+        return y
 
     monkeypatch.setattr(kernel, "decode_blocks", meanwhile)
     looks.clear()
