@@ -196,10 +196,10 @@ class TrainConfig(TextOptions):
         768, 40 steps of 8 x 256 tokens, seeds 0 and 1, the mean was 6.10, 6.14 without that for the matrices and 6.23
         without it for any; at 8 x 384 a lower one for the embeddings was worse. AdamW warms up for 30 steps, or three
         tenths of fewer than 100: of 100 at 8 x 384 that gave 5.45 where a tenth gave 5.62, of 40 at 12 x 768, with the
-        higher rates, 6.17 where it gave 6.36, at 4 x 128 nothing (`bench learning --warmup`, one seed). At 6 blocks of width 192, 300 steps of 8 x 256
-        tokens of Shakespeare, a validation loss of 4.98 came with AdamW and 4.45 with Muon in 1.03 of the time
-        (minigpt2/bench/README.md has the commands and the sweeps), and 4.52 with Muon and 3e-3 for the embeddings (one
-        seed).
+        higher rates, 6.17 where it gave 6.36, at 4 x 128 nothing (`bench learning --warmup`, one seed). At 6
+        blocks of width 192, 300 steps of 8 x 256 tokens of Shakespeare, a validation loss of 4.98 came with AdamW and
+        4.45 with Muon in 1.03 of the time (minigpt2/bench/README.md has the commands and the sweeps), and 4.52 with
+        Muon and 3e-3 for the embeddings (one seed).
         """
         pays = self.parallel != "fsdp" and self.moments in (None, "fp32") and muon_pays(pick_device(self.device))
         optimizer = self.optimizer or ("muon" if pays else "adamw")
