@@ -7,7 +7,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +214,7 @@ def _stream(
     generator: torch.Generator | None,
     undisturbed: bool = False,
 ) -> Iterator[Tensor]:
-    """The tokens of `stream`. Undisturbed: no code of others runs between two, and the model is in evaluation mode."""
+    """The tokens of `stream`. Undisturbed: no code of others runs between two."""
     B, T = input_ids.shape
     room = model.config.n_positions - T
     n_new = min(max_new_tokens, room)
@@ -226,9 +226,8 @@ def _stream(
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     feed, modules = input_ids, list(model.modules())
     for _ in range(n_new):
-        # Not around the loop: the caller's code runs between the yields.
-        known = cache.blocks is not None and not any(module.training for module in modules)  # other threads may set it
-        with torch.no_grad(), nullcontext() if known else evaluation_mode(model):
+        # Not around the loop: the caller's code runs between the yields, unless the blocks are known to stay.
+        with torch.no_grad(), evaluation_mode(model, modules if cache.blocks is not None else None):
             logits = model.next_logits(feed, mask, cache)  # (B, V)
             if not _finite(logits):
                 raise NonFiniteError(
@@ -274,18 +273,18 @@ def generate(
     """
     checked = _checked(model, input_ids, max_new_tokens, attention_mask, eos_token_id, sampling)
     undisturbed = own_around_blocks(model, GPT2)
-    with evaluation_mode(model):
-        tokens = list(_stream(model, input_ids, max_new_tokens, *checked, attention_mask, generator, undisturbed))
+    tokens = _stream(model, input_ids, max_new_tokens, *checked, attention_mask, generator, undisturbed)
     return torch.cat([input_ids, *(token[:, None].to(input_ids.dtype) for token in tokens)], dim=1)
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout is off inside; afterwards each module is in the mode that it was in.
+def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Dropout is off inside; afterwards each module is in the mode that it was in. `modules` are all of the model's,
+    if the caller knows them: to find them takes longer than to ask them.
 
     The modes are set, and not by `eval()`, which some modules of others take as the sign to change their weights.
     """
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules or model.modules() if module.training]
     for module in training:
         module.training = False
     try:

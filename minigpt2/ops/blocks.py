@@ -89,7 +89,7 @@ def _kinds(classes: tuple[type[nn.Module], ...]) -> list[tuple[str, type[nn.Modu
 
 
 def _patched(kind: type[nn.Module], method: str = "forward") -> bool:
-    """Whether somebody has given this class another forward."""
+    """Whether somebody has given this class another method of this name."""
     return getattr(getattr(kind, method), "__globals__", {}).get("__name__") != kind.__module__
 
 

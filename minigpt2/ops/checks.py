@@ -72,7 +72,7 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def blocks_fit(x: Tensor, tensors: Sequence[Tensor], n_head: int, past: int) -> bool:
     """Whether x (B, 1, C) and, of each block, its parameters in the order of Block.parameters() and its caches of keys
-    and values (B, H, room, D) belong together, lie in memory as they seem and have room for a token after `past`."""
+    and values (B, H, room, D) belong together, lie in memory row after row and have room for a token after `past`."""
     if x.dim() != 3 or not tensors or len(tensors) % 14 or tensors[13].dim() != 4:
         return False
     (B, T, C), inner, (_, _, room, head_dim) = x.shape, tensors[9].numel(), tensors[13].shape

@@ -100,7 +100,7 @@ def test_a_process_that_is_at_work_ends_with_the_one_that_started_it() -> None:
         assert process.stdout.readline() == "at work\n"
         time.sleep(2)
         try:
-            (started,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            (started,) = listed_in(Path(f"/proc/{process.pid}/task/{process.pid}/children"))
             assert "end_with" in command_line(started)
         finally:
             process.kill()

@@ -38,13 +38,24 @@ def made(n_layer: int = 2, n_head: int = 2, head_dim: int = 16, **settings: Any)
     return model
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
+    """What a function is called with from now on."""
+    found: list[Any] = []
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: found.append(args) or function(*args))
+    return found
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the one call was called with."""
-    found: list[Any] = []
-    decode_blocks = kernel.decode_blocks
-    monkeypatch.setattr(kernel, "decode_blocks", lambda *args: found.append(args) or decode_blocks(*args))
-    return found
+    return recorded(monkeypatch, kernel, "decode_blocks")
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One for each time that the blocks were asked what they are."""
+    return recorded(monkeypatch, blocks, "_laid_out")
 
 
 def continued(model: GPT2, ids: Tensor, prompt: int) -> tuple[Tensor, KVCache]:
@@ -103,15 +114,6 @@ def test_generation_takes_it_and_sees_weights_that_change_between_two_tokens(
         texts.append(torch.stack(tokens))
         assert len(calls) == 19
     assert torch.equal(*texts)
-
-
-@pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One for each time that the blocks were asked what they are."""
-    found: list[Any] = []
-    laid_out = blocks._laid_out
-    monkeypatch.setattr(blocks, "_laid_out", lambda *args: found.append(None) or laid_out(*args))
-    return found
 
 
 @torch.no_grad()
